@@ -1,0 +1,1 @@
+"""Simulators behind a process boundary. Nothing here imports torch."""

@@ -1,0 +1,1 @@
+"""RLDS on disk: TFRecord files of episodes, indexed once and read by random access."""
