@@ -53,8 +53,8 @@ typecheck: $(STAMP) ## pyright
 bench: $(STAMP) ## check the speed invariants that can be checked on a CPU
 	@$(BIN)/python -m bench
 
-lock: ## compile requirements.lock from pyproject.toml (needs uv)
-	@$(UV) pip compile --config-file .ci/lock.toml --quiet --upgrade --output-file requirements.lock pyproject.toml
+lock: ## compile requirements.lock from pyproject.toml (needs uv; UPGRADE=1 for newer versions)
+	@$(UV) pip compile --config-file .ci/lock.toml --quiet $(if $(UPGRADE),--upgrade) --output-file requirements.lock pyproject.toml
 
 clean: ## remove the environment and the caches; outputs stay
 	@rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
