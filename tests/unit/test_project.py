@@ -101,10 +101,8 @@ def test_importing_src_says_what_to_do():
 
 def test_model_needs_torch_and_einops_only():
     """torch may load its own dependencies while the model is imported; nothing else may come."""
-    allowed = {
-        "torch", "einops", "pizero",
-        "filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "sympy", "typing_extensions",
-    }  # fmt: skip
+    of_torch = "filelock fsspec jinja2 markupsafe mpmath networkx sympy typing_extensions"
+    allowed = {"torch", "einops", "pizero", *of_torch.split()}
     imports = "\n".join(f"import {name}" for name in modules_of("model"))
     done = python(
         f"import torch\nALLOWED = {allowed}\n{ONLY}\nsys.meta_path.insert(0, Only())\n{imports}\n"
