@@ -1,7 +1,7 @@
 """pizero: mixture-of-experts robot policies that meet in block-causal attention.
 
-The three parts are `pizero.model` (torch and einops only), `pizero.data` and `pizero.agent`. Importing
-`pizero` itself loads none of them, so a simulator process can use its share without torch.
+The three parts are `pizero.model` (torch and einops only), `pizero.data` and `pizero.agent`.
+Importing `pizero` itself loads none, so a simulator process can use its share without torch.
 """
 
 from __future__ import annotations

@@ -1,0 +1,48 @@
+"""Experts, the attention they share, and policies made of them. Needs torch and einops alone."""
+
+# Layout and attention
+from pizero.model.attention import attend
+
+# Experts
+from pizero.model.block import Block
+from pizero.model.cache import PrefixCache
+
+# Flow
+from pizero.model.embed import AdaptiveActionEncoder, MixedActionEncoder, SinusoidalTime
+from pizero.model.flow import BetaTime, FlowPath, UniformTime
+from pizero.model.joint import JointModel
+from pizero.model.layout import Segment, TokenLayout
+from pizero.model.mixture import Mixture
+from pizero.model.norm import AdaRMSNorm, RMSNorm
+
+# Policies
+from pizero.model.pizero import PiZero, Scales, Stream
+from pizero.model.positions import PerExpertIndex, SharedCount
+
+# Vision
+from pizero.model.vision import ConvTower, SigLIP
+
+__all__ = [
+    "AdaRMSNorm",
+    "AdaptiveActionEncoder",
+    "BetaTime",
+    "Block",
+    "ConvTower",
+    "FlowPath",
+    "JointModel",
+    "MixedActionEncoder",
+    "Mixture",
+    "PerExpertIndex",
+    "PiZero",
+    "PrefixCache",
+    "RMSNorm",
+    "Scales",
+    "Segment",
+    "SharedCount",
+    "SigLIP",
+    "SinusoidalTime",
+    "Stream",
+    "TokenLayout",
+    "UniformTime",
+    "attend",
+]

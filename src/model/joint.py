@@ -1,0 +1,270 @@
+"""All experts in lockstep. They meet in attention and nowhere else.
+
+Tokens come and go by segment name; which expert runs a segment, and who sees whom, is the
+layout's business. No expert is known here by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from pizero.model.attention import attend
+from pizero.model.block import Block, BlockModulation
+from pizero.model.cache import PrefixCache
+from pizero.model.layout import Call, TokenLayout, did_you_mean
+from pizero.model.mixture import Mixture, MixtureModulation
+from pizero.model.rope import Rotary
+from pizero.types import Bool, Int, Tensor
+from torch import nn
+
+
+class JointModel(nn.Module):
+    """Named mixtures that share attention.
+
+    Raises ValueError, naming the two, when mixtures differ in depth, heads or head size.
+    """
+
+    def __init__(self, mixtures: Mapping[str, Mixture], *, softcap: float | None = None) -> None:
+        super().__init__()
+        _check_agreement(mixtures)
+        self.mixtures = nn.ModuleDict(mixtures)
+        self.softcap = softcap
+        self._run_layer = run_layer
+
+    @property
+    def depth(self) -> int:
+        return next(iter(self.mixtures.values())).depth
+
+    def compile_layers(self, **options) -> None:
+        """Compile the repeated layer alone: seconds instead of minutes, and one graph for all."""
+        self._run_layer = torch.compile(run_layer, fullgraph=True, **options)
+
+    def forward(
+        self,
+        tokens: Mapping[str, Tensor],
+        layout: TokenLayout,
+        *,
+        positions: Int[Tensor, "_ s"],
+        valid: Bool[Tensor, "b s"] | None = None,
+        modulation: Mapping[str, MixtureModulation] | None = None,
+        cache: PrefixCache | None = None,
+        read: Iterable[str] | None = None,
+    ) -> tuple[dict[str, Tensor], PrefixCache]:
+        """Run `tokens` [b s width] of every segment; return those of `read`, and the cache.
+
+        `read` (all by default) names the segments whose result is wanted: the last layer computes
+        only those, and keys and values. `valid` marks real tokens, None if all are. With `cache`
+        the layout continues the cached one; the cache returned holds both.
+        """
+        read = layout.names if read is None else tuple(read)
+        self._check(tokens, layout, read)
+        past = cache.layout if cache else None
+        x, rotary = self._gather(tokens, layout, positions)
+        key_mask = _key_mask(valid, cache, layout, next(iter(x.values())).shape[0])
+        keys, values = [], []
+        for i in range(self.depth):
+            wanted = read if i == self.depth - 1 else layout.names
+            plan = _plan(layout, wanted, past)
+            blocks = {name: self.mixtures[name].blocks[i] for name in x}
+            mods = {name: m.blocks[i] for name, m in (modulation or {}).items() if name in x}
+            before = (cache.keys[i], cache.values[i]) if cache else None
+            x, k, v = self._run_layer(blocks, x, rotary, mods, plan, before, key_mask, self.softcap)
+            keys.append(k)
+            values.append(v)
+        out = {}
+        for name, h in x.items():
+            h = self.mixtures[name].finish(h, (modulation or {}).get(name))
+            at = h.shape[1] - sum(s.length for s in layout.of_expert(name))
+            for s in layout.of_expert(name):
+                if s.name in read:
+                    out[s.name] = h[:, at : at + s.length]
+                at += s.length
+        joined = past + layout if past else layout
+        return out, PrefixCache(joined, tuple(keys), tuple(values), key_mask)
+
+    def _gather(
+        self, tokens: Mapping[str, Tensor], layout: TokenLayout, positions: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Rotary]]:
+        """Each expert's tokens, in its own dtype, and their rotations."""
+        x, rotary = {}, {}
+        for name in layout.experts:
+            mixture = self.mixtures[name]
+            segments = [s.name for s in layout.of_expert(name)]
+            x[name] = _cat([tokens[s].to(mixture.dtype) for s in segments])
+            spans = [layout.span(s) for s in segments]
+            rotary[name] = mixture.rotary(_cat([positions[:, a:b] for a, b in spans]))
+        return x, rotary
+
+    def _check(
+        self, tokens: Mapping[str, Tensor], layout: TokenLayout, read: tuple[str, ...]
+    ) -> None:
+        for s in layout.segments:
+            if s.expert not in self.mixtures:
+                hint = did_you_mean(s.expert, self.mixtures)
+                raise ValueError(f"segment {s.name!r} names expert {s.expert!r}{hint}")
+            if s.name not in tokens:
+                raise ValueError(f"no tokens for segment {s.name!r}; got {list(tokens)}")
+            want = (s.length, self.mixtures[s.expert].width)
+            got = tuple(tokens[s.name].shape[1:])
+            if got != want:
+                raise ValueError(
+                    f"segment {s.name!r} expects tokens [b {want[0]} {want[1]}], got {got}"
+                )
+            if s.name in read and self.mixtures[s.expert].kv_only_tail:
+                raise ValueError(
+                    f"segment {s.name!r} cannot be read: expert {s.expert!r} was built with "
+                    "kv_only_tail and has no output"
+                )
+
+
+class Plan(NamedTuple):
+    """How the tokens of experts interleave in one layer.
+
+    `runs` are (expert, start, stop) within that expert's tokens, in layout order; `query_runs` the
+    same for queries; `query_from` the first token of each expert that has a query.
+    """
+
+    runs: tuple[tuple[str, int, int], ...]
+    query_runs: tuple[tuple[str, int, int], ...]
+    query_from: dict[str, int]
+    calls: tuple[Call, ...]
+
+
+def run_layer(
+    blocks: dict[str, Block],
+    x: dict[str, Tensor],
+    rotary: dict[str, Rotary],
+    modulation: dict[str, BlockModulation],
+    plan: Plan,
+    past: tuple[Tensor, Tensor] | None,
+    key_mask: Tensor | None,
+    softcap: float | None,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """One layer of every expert: project apart, attend together, finish apart.
+
+    Returns the next tokens (of experts with queries) and all keys and values, past ones included.
+    """
+    q, k, v = {}, {}, {}
+    for name, block in blocks.items():
+        q[name], k[name], v[name] = block.project(
+            x[name], rotary[name], modulation.get(name), query_from=plan.query_from[name]
+        )
+    keys, values = (
+        _interleave(k, plan.runs, past and past[0]),
+        _interleave(v, plan.runs, past and past[1]),
+    )
+    queries = _interleave(q, plan.query_runs)
+    attended = {name: [] for name in blocks}
+    if plan.calls:
+        outs = _cat([_call(c, queries, keys, values, key_mask, softcap) for c in plan.calls])
+        at = 0
+        for name, start, stop in plan.query_runs:
+            attended[name].append(outs[:, at : at + stop - start])
+            at += stop - start
+    next_x = {
+        name: block.finish(
+            x[name][:, plan.query_from[name] :], _cat(attended[name]), modulation.get(name)
+        )
+        for name, block in blocks.items()
+        if attended[name]
+    }
+    return next_x, keys, values
+
+
+def _call(
+    c: Call, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, softcap: float | None
+) -> Tensor:
+    k, v = k[:, : c.key_stop], v[:, : c.key_stop]
+    if c.stopped:
+        k, v = _detach(k, c.stopped), _detach(v, c.stopped)
+    mask = None if key_mask is None else key_mask[:, : c.key_stop]
+    return attend(q[:, c.start : c.stop], k, v, key_mask=mask, softcap=softcap)
+
+
+def _detach(x: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
+    """`x` with no gradient through the given ranges of tokens."""
+    pieces, at = [], 0
+    for start, stop in ranges:
+        pieces += [x[:, at:start], x[:, start:stop].detach()]
+        at = stop
+    return torch.cat((*pieces, x[:, at:]), dim=1)
+
+
+def _plan(layout: TokenLayout, wanted: tuple[str, ...], past: TokenLayout | None) -> Plan:
+    query_from, queried = {}, []
+    for expert in layout.experts:
+        segments = layout.of_expert(expert)
+        skipped = 0
+        for s in segments:
+            if s.name in wanted:
+                break
+            skipped += s.length
+        query_from[expert] = skipped
+        at = 0
+        for s in segments:
+            if at >= skipped:
+                queried.append(s.name)
+            at += s.length
+    in_order = [s for s in layout.segments if s.name in queried]
+    return Plan(
+        _runs(layout.segments),
+        _runs(in_order),
+        query_from,
+        layout.calls([s.name for s in in_order], past),
+    )
+
+
+def _runs(segments: Iterable) -> tuple[tuple[str, int, int], ...]:
+    at: dict[str, int] = {}
+    runs = []
+    for expert, group in groupby(segments, key=lambda s: s.expert):
+        start = at.get(expert, 0)
+        at[expert] = start + sum(s.length for s in group)
+        runs.append((expert, start, at[expert]))
+    return tuple(runs)
+
+
+def _interleave(
+    parts: Mapping[str, Tensor | None],
+    runs: tuple[tuple[str, int, int], ...],
+    past: Tensor | None = None,
+) -> Tensor | None:
+    pieces = [] if past is None else [past]
+    for name, start, stop in runs:
+        part = parts[name]
+        pieces.append(part if stop - start == part.shape[1] else part[:, start:stop])
+    return _cat(pieces) if pieces else None
+
+
+def _cat(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _key_mask(
+    valid: Tensor | None, cache: PrefixCache | None, layout: TokenLayout, batch: int
+) -> Tensor | None:
+    past = cache.valid if cache else None
+    if valid is None and past is None:
+        return None
+    some = valid if valid is not None else past
+    if valid is None:
+        valid = some.new_ones(batch, layout.length)
+    if cache and past is None:
+        past = some.new_ones(batch, cache.layout.length)
+    return valid if past is None else torch.cat((past, valid), dim=1)
+
+
+def _check_agreement(mixtures: Mapping[str, Mixture]) -> None:
+    if not mixtures:
+        raise ValueError("a joint model needs at least one mixture")
+    (first, a), *rest = mixtures.items()
+    for name, b in rest:
+        for size in ("depth", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(a, size) != getattr(b, size):
+                raise ValueError(
+                    f"mixture {name!r} has {size} {getattr(b, size)} but {first!r} has "
+                    f"{getattr(a, size)}; all mixtures share attention, so they must match"
+                )
