@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+
 from pizero.types import Bool, Float, Tensor
 
 

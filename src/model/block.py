@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch.nn.functional as F
 from einops import rearrange
+from torch import nn
+
 from pizero.model.norm import AdaRMSNorm, Modulation, RMSNorm
 from pizero.model.rope import Rotary, rotate
 from pizero.types import Float, Tensor
-from torch import nn
 
 
 class BlockModulation(NamedTuple):

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from pizero.types import Float, Tensor
 from torch import nn
+
+from pizero.types import Float, Tensor
 
 
 @dataclass(frozen=True)

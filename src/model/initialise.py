@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pizero.model.norm import AdaRMSNorm
 from torch import nn
+
+from pizero.model.norm import AdaRMSNorm
 
 
 def initialise(model: nn.Module) -> None:

@@ -11,6 +11,8 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
+from torch import nn
+
 from pizero.model.attention import attend
 from pizero.model.block import Block, BlockModulation
 from pizero.model.cache import PrefixCache
@@ -18,7 +20,6 @@ from pizero.model.layout import Call, TokenLayout, did_you_mean
 from pizero.model.mixture import Mixture, MixtureModulation
 from pizero.model.rope import Rotary
 from pizero.types import Bool, Int, Tensor
-from torch import nn
 
 
 class JointModel(nn.Module):

@@ -22,6 +22,7 @@ from difflib import get_close_matches
 from itertools import pairwise
 
 import torch
+
 from pizero.types import Bool, Tensor
 
 

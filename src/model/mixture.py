@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import nn
+
 from pizero.model.block import Block, BlockModulation, apply_norm, make_norm
 from pizero.model.norm import Modulation
 from pizero.model.rope import Rotary, rotary_table
 from pizero.types import Float, Int, Tensor
-from torch import nn
 
 
 class MixtureModulation(NamedTuple):

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from pizero.types import Float, Tensor
 from torch import nn
+
+from pizero.types import Float, Tensor
 
 
 class Modulation(NamedTuple):

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
+from torch import nn
+
 from pizero.model.cache import PrefixCache
 from pizero.model.embed import AdaptiveActionEncoder, MixedActionEncoder, SinusoidalTime
 from pizero.model.flow import FlowPath, TimeSampler
@@ -23,7 +25,6 @@ from pizero.model.layout import Segment, TokenLayout, did_you_mean
 from pizero.model.mixture import MixtureModulation
 from pizero.model.positions import PositionRule
 from pizero.types import Bool, Float, Observation, Tensor
-from torch import nn
 
 
 @dataclass(frozen=True)

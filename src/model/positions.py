@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from pizero.model.layout import TokenLayout
 from pizero.types import Bool, Int, Tensor
 

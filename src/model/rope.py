@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+
 from pizero.types import Float, Int, Tensor
 
 

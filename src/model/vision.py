@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from pizero.types import Float, Tensor
 from torch import nn
+
+from pizero.types import Float, Tensor
 
 
 class SigLIP(nn.Module):
