@@ -1,0 +1,302 @@
+"""Checkpoints: folders that describe themselves and are either whole or absent.
+
+    <run>/checkpoints/step_00001234/
+        model.safetensors  the weights to use: the average, or without one the trained weights
+        config.yaml        the run's resolved configuration, with `model` and `pipeline`
+        stats.json  tokenizer.model  metadata.json
+        training/          what only a resumed run needs: trained weights, optimizer state
+    <run>/checkpoints/latest -> step_00001234
+
+A folder is written under another name, forced to the disk and renamed, so a process killed at any
+moment leaves nothing that looks like a checkpoint and is not one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pizero.agent.config import build
+from pizero.agent.ema import WeightAverage
+from pizero.agent.machine import versions
+from pizero.agent.optim import load_optimizer_state, optimizer_state
+
+if TYPE_CHECKING:
+    from pizero.data.pipeline import PolicyPipeline
+    from pizero.model import PiZero
+
+FORMAT = 1
+FILES = ("stats.json", "tokenizer.model")  # what the pipeline learnt from the data
+_PREFIX, _WRITING, _DELETING = "step_", ".writing_", ".deleting_"
+
+
+def save_checkpoint(
+    root: Path,
+    *,
+    step: int,
+    samples: int,
+    config: str,
+    model: nn.Module,
+    average: WeightAverage | None,
+    optimizer: torch.optim.Optimizer,
+    files: Path,
+    data: Mapping[str, Any],
+) -> Path:
+    """Write `root/step_...` and point `latest` at it; returns the folder.
+
+    `config` is the resolved configuration as YAML, `files` the folder with stats.json and
+    tokenizer.model, `data` a description of the data sets to compare on resuming.
+    """
+    final = root / f"{_PREFIX}{step:08d}"
+    if not final.exists():
+        folder = root / f"{_WRITING}{final.name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "training").mkdir(parents=True)
+        _write_weights(folder, model, average)
+        _write_optimizer(folder, model, optimizer)
+        (folder / "config.yaml").write_text(config)
+        for name in FILES:
+            if (files / name).exists():
+                shutil.copyfile(files / name, folder / name)
+        nodes = OmegaConf.to_container(OmegaConf.create(config))
+        assert isinstance(nodes, dict)
+        metadata = {
+            "format": FORMAT,
+            "step": step,
+            "samples": samples,
+            "weights": "raw" if average is None else "average",
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "model": nodes["model"],
+            "pipeline": nodes["pipeline"],
+            "files": {name: _digest(folder / name) for name in FILES if (folder / name).exists()},
+            "data": dict(data),
+            "versions": versions(),
+        }
+        (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+        for path in (*folder.rglob("*"), folder):
+            _force_to_disk(path)
+        folder.rename(final)
+        _force_to_disk(root)
+    _point_latest(root, final)
+    return final
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    packages: Sequence[str] = ("pizero",),
+) -> tuple[DictConfig, PiZero, PolicyPipeline, dict[str, Any]]:
+    """Configuration, model with its weights, pipeline and metadata, from the folder alone.
+
+    `path` is a checkpoint or the run folder it lies in (then the newest). Refuses a folder whose
+    parts do not belong together, with both values. Only classes from `packages` are built, as a
+    configuration can name any code: add your own package if you trust the folder.
+    """
+    folder = find_checkpoint(path)
+    config, metadata = read_description(folder)
+    with torch.device(device):
+        model = build(config.model, path="model", packages=packages)
+    load_weights(model, load_file(folder / "model.safetensors", device=str(device)), folder)
+    pipeline = build_pipeline(config.pipeline, folder, packages=packages)
+    return config, model.to(device).eval(), pipeline, metadata
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the newest of a run."""
+    path = Path(path)
+    for folder in (path, path / "latest", path / "checkpoints" / "latest"):
+        if (folder / "metadata.json").is_file():
+            return folder.resolve()
+    if newest := newest_checkpoint(path / "checkpoints"):
+        return newest
+    raise FileNotFoundError(
+        f"no checkpoint at {path}: expected a folder with metadata.json and model.safetensors, "
+        "or a run folder with checkpoints/"
+    )
+
+
+def newest_checkpoint(root: Path) -> Path | None:
+    """The folder of the largest step under `root`; a folder with this name is always whole."""
+    folders = checkpoints(root)
+    return folders[-1] if folders else None
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """All checkpoint folders under `root`, oldest first."""
+    return sorted(root.glob(f"{_PREFIX}*")) if root.is_dir() else []
+
+
+def step_of(folder: Path) -> int:
+    """The step a checkpoint folder's name tells."""
+    return int(folder.name.removeprefix(_PREFIX))
+
+
+def read_description(folder: Path) -> tuple[DictConfig, dict[str, Any]]:
+    """A checkpoint's configuration and metadata, after checking that its parts agree."""
+    config = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(config, DictConfig)
+    metadata = json.loads((folder / "metadata.json").read_text())
+    if metadata["format"] != FORMAT:
+        raise ValueError(f"{folder} has format {metadata['format']}, this version reads {FORMAT}")
+    nodes = OmegaConf.to_container(config)
+    assert isinstance(nodes, dict)
+    wrong = [
+        f"{key} is {was!r} in metadata.json and {now!r} in config.yaml"
+        for part in ("model", "pipeline")
+        for key, was, now in differences(metadata[part], nodes[part], part)
+    ]
+    wrong += [
+        f"{name} had digest {digest} when it was saved and has {_digest(folder / name)} now"
+        for name, digest in metadata["files"].items()
+        if _digest(folder / name) != digest
+    ]
+    if wrong:
+        raise ValueError(f"the parts of {folder} do not belong together: " + "; ".join(wrong))
+    return config, metadata
+
+
+def build_pipeline(
+    node: Any, folder: Path, *, packages: Sequence[str] | None = None
+) -> PolicyPipeline:
+    """The configured pipeline, with the statistics and the tokenizer that lie in `folder`."""
+    from pizero.data.stats import Statistics
+    from pizero.data.tokenizer import Tokenizer
+
+    return build(
+        node,
+        path="pipeline",
+        packages=packages,
+        statistics=Statistics.load(folder / "stats.json"),
+        tokenizer=Tokenizer(folder / "tokenizer.model"),
+    )
+
+
+def model_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and saved buffers by name, each tensor once even where modules share it."""
+    seen: set[int] = set()
+    weights = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            weights[name] = tensor.detach()
+    return weights
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: Any) -> None:
+    """Copy `weights` into `model`. Refuses any name or shape that differs, listing both sides."""
+    own = model_weights(model)
+    wrong = [f"{name}: in {source} only" for name in weights if name not in own]
+    wrong += [f"{name}: in the model only" for name in own if name not in weights]
+    wrong += [
+        f"{name}: {list(weights[name].shape)} in {source}, {list(tensor.shape)} in the model"
+        for name, tensor in own.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if wrong:
+        shown = "\n  ".join(wrong[:20]) + ("\n  ..." if len(wrong) > 20 else "")
+        raise ValueError(f"{len(wrong)} weights do not fit:\n  {shown}")
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])
+
+
+def load_training_state(
+    folder: Path,
+    *,
+    model: nn.Module,
+    average: WeightAverage | None,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Put a run back exactly where it was when `folder` was written."""
+    weights = load_file(folder / "model.safetensors")
+    raw = folder / "training" / "weights.safetensors"
+    load_weights(model, weights | (load_file(raw) if raw.exists() else {}), folder)
+    if average is not None:
+        average.load(weights)
+    state = json.loads((folder / "training" / "optimizer.json").read_text())
+    tensors = load_file(folder / "training" / "optimizer.safetensors")
+    load_optimizer_state(optimizer, _names(model), tensors, state)
+
+
+def prune(root: Path, *, keep_last: int, keep_every: int | None) -> None:
+    """Delete checkpoints except the last few and those at multiples of `keep_every`."""
+    for folder in checkpoints(root)[:-keep_last]:
+        if keep_every is None or step_of(folder) % keep_every:
+            # Renamed first: a half-deleted folder must not look like a checkpoint.
+            doomed = root / f"{_DELETING}{folder.name}"
+            folder.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clean(root: Path) -> None:
+    """Remove what a killed process left half-written or half-deleted."""
+    for pattern in (f"{_WRITING}*", f"{_DELETING}*"):
+        for folder in root.glob(pattern):
+            if folder.is_symlink():
+                folder.unlink()
+            else:
+                shutil.rmtree(folder)
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted keys at which two plain trees differ, with both values."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = []
+        for key in [*old, *(k for k in new if k not in old)]:
+            inner = f"{path}.{key}" if path else str(key)
+            found += differences(old.get(key), new.get(key), inner)
+        return found
+    return [] if old == new else [(path, old, new)]
+
+
+def _write_weights(folder: Path, model: nn.Module, average: WeightAverage | None) -> None:
+    weights = model_weights(model)
+    if average is not None:
+        raw = {name: weights[name] for name in average.average}
+        _save(raw, folder / "training" / "weights.safetensors")
+        weights |= average.average
+    _save(weights, folder / "model.safetensors")
+
+
+def _write_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    tensors, state = optimizer_state(optimizer, _names(model))
+    _save(tensors, folder / "training" / "optimizer.safetensors")
+    (folder / "training" / "optimizer.json").write_text(json.dumps(state, sort_keys=True) + "\n")
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path)
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def _point_latest(root: Path, folder: Path) -> None:
+    link = root / f"{_WRITING}latest"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    link.replace(root / "latest")
+
+
+def _force_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None

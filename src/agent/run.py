@@ -1,0 +1,98 @@
+"""`pizero-run` and `scripts/run.py`: the one door to every workspace.
+
+Hydra composes, `typed_root` checks, and the workspace named by the root `_target_` runs. Hydra
+makes no folders and no log files: the run folder is the workspace's affair, one folder per run
+however many ranks. A mistake in the configuration ends in one readable message; HYDRA_FULL_ERROR=1
+shows the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import hydra
+from omegaconf import DictConfig
+
+from pizero.agent.config import config_dir, locate, primary_configs, typed_root
+
+USAGE = """\
+usage: {program} --config-name=NAME [key=value ...]
+
+Runs the workspace that config/NAME.yaml describes. Any key can be changed: steps=100,
+optim.lr=3e-4, model=demo (another file of the group config/model). Under torchrun every process
+joins the run.
+
+  --cfg job            print the composed configuration and stop (--resolve fills in references)
+  --info defaults-tree print which file contributed what
+  -m                   run once for each of several values, key=1,2,3 (not under torchrun)
+  --config-dir DIR     a folder of your own configs, searched after this one: {folder}
+
+configs and their commands:
+{configs}
+"""
+
+
+def main() -> None:
+    """Run the workspace named on the command line."""
+    arguments = sys.argv[1:]
+    named = any(a.startswith(("--config-name", "-cn")) for a in arguments)
+    hydra_only = any(
+        a.startswith(("--hydra-help", "--version", "--shell", "-sc")) for a in arguments
+    )
+    if not named and not hydra_only:
+        wants_help = bool({"--help", "-h"} & set(arguments))
+        print(usage(), file=sys.stdout if wants_help else sys.stderr)
+        sys.exit(0 if wants_help else "error: --config-name=NAME is needed")
+    sys.argv[1:] = with_quiet_hydra(arguments)
+    hydra.main(version_base="1.3", config_path=str(config_dir()))(run)()
+
+
+def run(composed: DictConfig) -> None:
+    """Check a composed configuration and run its workspace."""
+    try:
+        config = typed_root(composed)
+        locate(config._target_)(config).run()
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        sys.exit(message(error))
+
+
+def message(error: Exception) -> str:
+    """One line for a mistake the user can mend; with the place in the code for anything else."""
+    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    if isinstance(error, (ValueError, FileNotFoundError, FileExistsError)):
+        return f"{rank}error: {error}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"{rank}error: {type(error).__name__}: {error}\n"
+        f"  at {frame.filename}:{frame.lineno} in {frame.name}; HYDRA_FULL_ERROR=1 shows more"
+    )
+
+
+def usage() -> str:
+    """The help text, with every primary config and the command in its first line."""
+    configs = "\n".join(f"  {name:24} {command}" for name, command in primary_configs().items())
+    return USAGE.format(
+        program=os.path.basename(sys.argv[0]), folder=config_dir(), configs=configs
+    ).rstrip()
+
+
+def with_quiet_hydra(arguments: list[str]) -> list[str]:
+    """The command line with the overrides that keep Hydra from writing folders and logs."""
+    quiet = [
+        "hydra.run.dir=.",
+        "hydra.sweep.dir=.",
+        "hydra.sweep.subdir=.",
+        "hydra.output_subdir=null",
+        "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
+    ]
+    given = {a.lstrip("+").split("=", 1)[0] for a in arguments}
+    quiet = [q for q in quiet if q.split("=", 1)[0] not in given]
+    # argparse wants overrides in one piece, so ours go where the first of the user's stands.
+    is_override = [not a.startswith("-") and ("=" in a or a.startswith("~")) for a in arguments]
+    at = is_override.index(True) if True in is_override else len(arguments)
+    return [*arguments[:at], *quiet, *arguments[at:]]
