@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from pizero.model.norm import AdaRMSNorm, Modulation, RMSNorm
+from pizero.model.norm import AdaRMSNorm, Modulation, make_norm
 from pizero.model.rope import Rotary, rotate
 from pizero.types import Float, Tensor
 
@@ -48,22 +48,20 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.attention_norm = make_norm(width, cond_dim, norm_eps)
+        self.attention_norm = make_norm(width, cond_dim=cond_dim, eps=norm_eps)
         self.kv_proj = nn.Linear(width, 2 * num_kv_heads * head_dim, bias=False)
         self.kv_only = kv_only
         if not kv_only:
             self.q_proj = nn.Linear(width, num_heads * head_dim, bias=False)
             self.o_proj = nn.Linear(num_heads * head_dim, width, bias=False)
-            self.mlp_norm = make_norm(width, cond_dim, norm_eps)
+            self.mlp_norm = make_norm(width, cond_dim=cond_dim, eps=norm_eps)
             self.gate_up_proj = nn.Linear(width, 2 * mlp_dim, bias=False)
             self.down_proj = nn.Linear(mlp_dim, width, bias=False)
 
     def modulate(self, cond: Float[Tensor, "rows cond_dim"]) -> BlockModulation:
         """The modulation of this block, a row for each row of `cond`."""
-        attention = self.attention_norm.modulation(cond)
-        return BlockModulation(
-            attention, attention if self.kv_only else self.mlp_norm.modulation(cond)
-        )
+        norms = (self.attention_norm, self.attention_norm if self.kv_only else self.mlp_norm)
+        return BlockModulation(*(n.modulation(cond) for n in norms if isinstance(n, AdaRMSNorm)))
 
     def project(
         self,
@@ -77,7 +75,7 @@ class Block(nn.Module):
 
         Tokens before `query_from` get no query: nobody reads their result. None if none does.
         """
-        h = apply_norm(self.attention_norm, x, modulation and modulation.attention)
+        h = self.attention_norm(x, modulation and modulation.attention)
         k, v = rearrange(self.kv_proj(h), "b s (two g d) -> two b s g d", two=2, d=self.head_dim)
         k = rotate(k, rotary)
         if query_from == x.shape[1]:
@@ -96,19 +94,7 @@ class Block(nn.Module):
         """Output projection, residual, GeGLU, residual."""
         branch = self.o_proj(rearrange(attended, "b s h d -> b s (h d)"))
         x = x + (modulation.attention.gate.to(x.dtype) * branch if modulation else branch)
-        h = apply_norm(self.mlp_norm, x, modulation and modulation.mlp)
+        h = self.mlp_norm(x, modulation and modulation.mlp)
         gate, up = self.gate_up_proj(h).chunk(2, dim=-1)
         branch = self.down_proj(F.gelu(gate, approximate="tanh") * up)
         return x + (modulation.mlp.gate.to(x.dtype) * branch if modulation else branch)
-
-
-def make_norm(width: int, cond_dim: int | None, eps: float) -> RMSNorm | AdaRMSNorm:
-    """A plain norm, or an adaptive one where there is a condition."""
-    if cond_dim is None:
-        return RMSNorm(width, eps=eps)
-    return AdaRMSNorm(width, cond_dim=cond_dim, eps=eps)
-
-
-def apply_norm(norm: nn.Module, x: Tensor, modulation: Modulation | None) -> Tensor:
-    """Run a norm, with its modulation if it is adaptive."""
-    return norm(x) if modulation is None else norm(x, modulation)

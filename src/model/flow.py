@@ -63,8 +63,9 @@ class BetaTime:
 
     def sample(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         # torch.distributions.Beta takes no generator, and a draw must depend on its sample alone.
-        x = torch._standard_gamma(torch.full(tuple(shape), self.alpha), generator=generator)
-        y = torch._standard_gamma(torch.full(tuple(shape), self.beta), generator=generator)
+        gamma = torch._standard_gamma  # pyright: ignore[reportPrivateImportUsage]
+        x = gamma(torch.full(tuple(shape), self.alpha), generator=generator)
+        y = gamma(torch.full(tuple(shape), self.beta), generator=generator)
         return self.high * (1 - x / (x + y))
 
 

@@ -16,7 +16,8 @@ from torch import nn
 from pizero.model.attention import attend
 from pizero.model.block import Block, BlockModulation
 from pizero.model.cache import PrefixCache
-from pizero.model.layout import Call, TokenLayout, did_you_mean
+from pizero.model.containers import Named
+from pizero.model.layout import Call, Segment, TokenLayout, did_you_mean
 from pizero.model.mixture import Mixture, MixtureModulation
 from pizero.model.rope import Rotary
 from pizero.types import Bool, Int, Tensor
@@ -31,7 +32,7 @@ class JointModel(nn.Module):
     def __init__(self, mixtures: Mapping[str, Mixture], *, softcap: float | None = None) -> None:
         super().__init__()
         _check_agreement(mixtures)
-        self.mixtures = nn.ModuleDict(mixtures)
+        self.mixtures = Named[Mixture](dict(mixtures))
         self.softcap = softcap
         self._run_layer = run_layer
 
@@ -64,7 +65,7 @@ class JointModel(nn.Module):
         self._check(tokens, layout, read)
         past = cache.layout if cache else None
         x, rotary = self._gather(tokens, layout, positions)
-        key_mask = _key_mask(valid, cache, layout, next(iter(x.values())).shape[0])
+        key_mask = _key_mask(valid, cache, layout, next(iter(x.values())))
         keys, values = [], []
         for i in range(self.depth):
             wanted = read if i == self.depth - 1 else layout.names
@@ -148,18 +149,22 @@ def run_layer(
 
     Returns the next tokens (of experts with queries) and all keys and values, past ones included.
     """
-    q, k, v = {}, {}, {}
+    q: dict[str, Tensor] = {}
+    k: dict[str, Tensor] = {}
+    v: dict[str, Tensor] = {}
     for name, block in blocks.items():
-        q[name], k[name], v[name] = block.project(
+        query, k[name], v[name] = block.project(
             x[name], rotary[name], modulation.get(name), query_from=plan.query_from[name]
         )
+        if query is not None:
+            q[name] = query
     keys, values = (
         _interleave(k, plan.runs, past and past[0]),
         _interleave(v, plan.runs, past and past[1]),
     )
-    queries = _interleave(q, plan.query_runs)
-    attended = {name: [] for name in blocks}
+    attended: dict[str, list[Tensor]] = {name: [] for name in blocks}
     if plan.calls:
+        queries = _interleave(q, plan.query_runs)
         outs = _cat([_call(c, queries, keys, values, key_mask, softcap) for c in plan.calls])
         at = 0
         for name, start, stop in plan.query_runs:
@@ -218,7 +223,7 @@ def _plan(layout: TokenLayout, wanted: tuple[str, ...], past: TokenLayout | None
     )
 
 
-def _runs(segments: Iterable) -> tuple[tuple[str, int, int], ...]:
+def _runs(segments: Iterable[Segment]) -> tuple[tuple[str, int, int], ...]:
     at: dict[str, int] = {}
     runs = []
     for expert, group in groupby(segments, key=lambda s: s.expert):
@@ -229,15 +234,16 @@ def _runs(segments: Iterable) -> tuple[tuple[str, int, int], ...]:
 
 
 def _interleave(
-    parts: Mapping[str, Tensor | None],
+    parts: Mapping[str, Tensor],
     runs: tuple[tuple[str, int, int], ...],
     past: Tensor | None = None,
-) -> Tensor | None:
+) -> Tensor:
+    """The tokens of all experts in layout order, behind those of the past."""
     pieces = [] if past is None else [past]
     for name, start, stop in runs:
         part = parts[name]
         pieces.append(part if stop - start == part.shape[1] else part[:, start:stop])
-    return _cat(pieces) if pieces else None
+    return _cat(pieces)
 
 
 def _cat(pieces: list[Tensor]) -> Tensor:
@@ -245,17 +251,19 @@ def _cat(pieces: list[Tensor]) -> Tensor:
 
 
 def _key_mask(
-    valid: Tensor | None, cache: PrefixCache | None, layout: TokenLayout, batch: int
+    valid: Tensor | None, cache: PrefixCache | None, layout: TokenLayout, x: Tensor
 ) -> Tensor | None:
+    """Which keys are real, past ones first; None when all are."""
     past = cache.valid if cache else None
     if valid is None and past is None:
         return None
-    some = valid if valid is not None else past
     if valid is None:
-        valid = some.new_ones(batch, layout.length)
-    if cache and past is None:
-        past = some.new_ones(batch, cache.layout.length)
-    return valid if past is None else torch.cat((past, valid), dim=1)
+        valid = x.new_ones(x.shape[0], layout.length, dtype=torch.bool)
+    if cache is None:
+        return valid
+    if past is None:
+        past = x.new_ones(x.shape[0], cache.layout.length, dtype=torch.bool)
+    return torch.cat((past, valid), dim=1)
 
 
 def _check_agreement(mixtures: Mapping[str, Mixture]) -> None:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from pizero.model.block import Block, BlockModulation, apply_norm, make_norm
-from pizero.model.norm import Modulation
+from pizero.model.block import Block, BlockModulation
+from pizero.model.containers import Stack
+from pizero.model.norm import AdaRMSNorm, Modulation, make_norm
 from pizero.model.rope import Rotary, rotary_table
 from pizero.types import Float, Int, Tensor
 
@@ -59,7 +60,7 @@ class Mixture(nn.Module):
         self.width, self.depth, self.head_dim = width, depth, head_dim
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.rope_base, self.cond_dim, self.kv_only_tail = rope_base, cond_dim, kv_only_tail
-        self.blocks = nn.ModuleList(
+        self.blocks = Stack[Block](
             Block(
                 width=width,
                 mlp_dim=mlp_dim,
@@ -72,7 +73,9 @@ class Mixture(nn.Module):
             )
             for i in range(depth)
         )
-        self.final_norm = None if kv_only_tail else make_norm(width, cond_dim, norm_eps)
+        self.final_norm = (
+            None if kv_only_tail else make_norm(width, cond_dim=cond_dim, eps=norm_eps)
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,18 +88,21 @@ class Mixture(nn.Module):
 
     def modulate(self, cond: Float[Tensor, "rows cond_dim"]) -> MixtureModulation:
         """The modulation of every norm, a row for each row of `cond`."""
-        final = None if self.final_norm is None else self.final_norm.modulation(cond)
+        norm = self.final_norm
+        final = norm.modulation(cond) if isinstance(norm, AdaRMSNorm) else None
         return MixtureModulation(tuple(block.modulate(cond) for block in self.blocks), final)
 
     def finish(
         self, x: Float[Tensor, "b s width"], modulation: MixtureModulation | None = None
     ) -> Float[Tensor, "b s width"]:
         """The final norm."""
-        return apply_norm(self.final_norm, x, modulation and modulation.final)
+        if self.final_norm is None:
+            raise ValueError("an expert built with kv_only_tail has no output to finish")
+        return self.final_norm(x, modulation and modulation.final)
 
     def unread_parameters(self) -> list[nn.Parameter]:
         """Weights without effect when only this expert's keys and values are read."""
-        if self.kv_only_tail:
+        if self.final_norm is None:
             return []
         read = ("attention_norm", "kv_proj")
         tail = [m for name, m in self.blocks[-1].named_children() if name not in read]

@@ -34,7 +34,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Float[Tensor, "*b width"]) -> Float[Tensor, "*b width"]:
+    def forward(
+        self, x: Float[Tensor, "*b width"], modulation: None = None
+    ) -> Float[Tensor, "*b width"]:
         return (_normalise(x, self.eps) * (1 + self.weight.float())).to(x.dtype)
 
 
@@ -58,8 +60,20 @@ class AdaRMSNorm(nn.Module):
             out = self.dense(cond.to(self.dense.weight.dtype)).float()
         return Modulation(*out[:, None].chunk(3, dim=-1))
 
-    def forward(self, x: Float[Tensor, "b s width"], m: Modulation) -> Float[Tensor, "b s width"]:
-        return (_normalise(x, self.eps) * (1 + m.scale) + m.shift).to(x.dtype)
+    def forward(
+        self, x: Float[Tensor, "b s width"], modulation: Modulation | None
+    ) -> Float[Tensor, "b s width"]:
+        if modulation is None:
+            raise ValueError("an adaptive norm needs the modulation of a flow time, got none")
+        scale, shift, _ = modulation
+        return (_normalise(x, self.eps) * (1 + scale) + shift).to(x.dtype)
+
+
+def make_norm(width: int, *, cond_dim: int | None, eps: float) -> RMSNorm | AdaRMSNorm:
+    """A plain norm, or an adaptive one where there is a condition."""
+    if cond_dim is None:
+        return RMSNorm(width, eps=eps)
+    return AdaRMSNorm(width, cond_dim=cond_dim, eps=eps)
 
 
 def _normalise(x: Tensor, eps: float) -> Tensor:

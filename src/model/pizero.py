@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import nn
 
 from pizero.model.cache import PrefixCache
+from pizero.model.containers import Named
 from pizero.model.embed import AdaptiveActionEncoder, MixedActionEncoder, SinusoidalTime
 from pizero.model.flow import FlowPath, TimeSampler
 from pizero.model.initialise import initialise
@@ -24,6 +25,7 @@ from pizero.model.joint import JointModel
 from pizero.model.layout import Segment, TokenLayout, did_you_mean
 from pizero.model.mixture import MixtureModulation
 from pizero.model.positions import PositionRule
+from pizero.model.vision import VisionTower
 from pizero.types import Bool, Float, Observation, Tensor
 
 
@@ -60,7 +62,7 @@ class PiZero(nn.Module):
     def __init__(
         self,
         *,
-        vision: nn.Module,
+        vision: VisionTower,
         joint: JointModel,
         vocab_size: int,
         horizon: int,
@@ -97,7 +99,7 @@ class PiZero(nn.Module):
         self.projector = nn.Linear(vision.width, vlm_width)
         self.embedding = nn.Embedding(vocab_size, vlm_width)
         self.joint = joint
-        self.streams = nn.ModuleDict(streams or {})
+        self.streams = Named[Stream](dict(streams or {}))
         self.state_encoder = None if state_dim is None else nn.Linear(state_dim, action_width)
         self.time_embedding = time_embedding
         encoder = AdaptiveActionEncoder if adaptive else MixedActionEncoder
@@ -194,7 +196,7 @@ class PiZero(nn.Module):
                 raise ValueError(f"the observation lacks the stream {name!r}{hint}")
             tokens[name] = stream.encoder(observation.extras[name])
         if self.state_encoder is not None:
-            tokens["state"] = self._embed_state(observation.state)
+            tokens["state"] = self._embed_state(self.state_encoder, observation.state)
         layout = self.prefix_layout({name: x.shape[1] for name, x in tokens.items()})
         if not valid:
             return tokens, None, layout
@@ -242,8 +244,7 @@ class PiZero(nn.Module):
     def compile_blocks(self, **options) -> None:
         """Compile the repeated layers of every expert and of the vision tower, in place."""
         self.joint.compile_layers(**options)
-        if hasattr(self.vision, "compile_layers"):
-            self.vision.compile_layers(**options)
+        self.vision.compile_layers(**options)
 
     def cast(self, dtype: torch.dtype) -> PiZero:
         """Hold the bulk of the weights in `dtype`, in place, as published inference does.
@@ -291,11 +292,13 @@ class PiZero(nn.Module):
         x = self.projector(x.to(self.projector.weight.dtype)) * self.image_scale
         return rearrange(x, "(b n) s d -> b (n s) d", b=b, n=n)
 
-    def _embed_state(self, state: Tensor | None) -> Float[Tensor, "b frames width"]:
+    def _embed_state(
+        self, encoder: nn.Linear, state: Tensor | None
+    ) -> Float[Tensor, "b frames width"]:
         if state is None or state.shape[-1] != self.state_dim:
             got = None if state is None else tuple(state.shape)
             raise ValueError(f"the model expects a state [b frames {self.state_dim}], got {got}")
-        return self.state_encoder(state.to(self.state_encoder.weight.dtype)) * self.state_scale
+        return encoder(state.to(encoder.weight.dtype)) * self.state_scale
 
     def _freeze_unread(self) -> None:
         """Weights whose result nobody reads get no gradient; say so to the optimiser and to DDP."""

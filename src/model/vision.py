@@ -7,16 +7,29 @@ whatever cameras and frames they come from.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from pizero.model.containers import Stack
 from pizero.types import Float, Tensor
 
 
-class SigLIP(nn.Module):
+class VisionTower(nn.Module):
+    """What a policy asks of a tower: tokens of one width, a known number for each image."""
+
+    image_size: tuple[int, int]
+    num_tokens: int
+    width: int
+
+    def compile_layers(self, **options: Any) -> None:
+        """Compile the repeated layer, where there is one."""
+
+
+class SigLIP(VisionTower):
     """The SigLIP image encoder (Zhai et al. 2023) without its pooling head, as PaliGemma uses it.
 
     The default sizes are So400m/14 at 224 px: 256 tokens of width 1152.
@@ -44,7 +57,7 @@ class SigLIP(nn.Module):
         self.width = width
         self.patch_embedding = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.position_embedding = nn.Parameter(torch.randn(self.num_tokens, width) * width**-0.5)
-        self.blocks = nn.ModuleList(
+        self.blocks = Stack[SigLIPBlock](
             SigLIPBlock(width=width, mlp_dim=mlp_dim, num_heads=num_heads) for _ in range(depth)
         )
         self.final_norm = nn.LayerNorm(width, eps=1e-6)
@@ -58,8 +71,7 @@ class SigLIP(nn.Module):
             x = block(x)
         return self.final_norm(x)
 
-    def compile_layers(self, **options) -> None:
-        """Compile the repeated layer alone."""
+    def compile_layers(self, **options: Any) -> None:
         for block in self.blocks:
             block.compile(fullgraph=True, **options)
 
@@ -86,7 +98,7 @@ class SigLIPBlock(nn.Module):
         return x + self.down_proj(h)
 
 
-class ConvTower(nn.Module):
+class ConvTower(VisionTower):
     """Strided convolutions down to a grid of tokens: sees well from few demonstrations.
 
     Each entry of `widths` halves the picture; the last is the token width. Position embeddings are
