@@ -7,8 +7,8 @@ Built once by walking the shards without touching image bytes, then memory mappe
                                           episode.<key>.npy   one row per episode
                                           episodes.npy        start, length, shard of each episode
 
-The key covers the schema, `features.json` and the name, size and time of each shard, so changed data
-gets a new index. Where the dataset cannot be written, the index goes to the user's cache.
+The key covers the schema, `features.json` and the name, size and time of each shard, so changed
+data gets a new index. Where the dataset cannot be written, the index goes to the user's cache.
 """
 
 from __future__ import annotations
@@ -301,7 +301,7 @@ def _column(
     if spec.kind == "image":
         spans = feature.spans() if feature else np.zeros((steps, 2), np.int64)
         _expect_steps(len(spans), steps)
-        return spans + [offset, 0]
+        return spans + np.array([offset, 0])
     if spec.kind == "text":
         texts = [s.decode() for s in feature.strings()] if feature else [""] * steps
         _expect_steps(len(texts), steps)

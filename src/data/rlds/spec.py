@@ -88,7 +88,7 @@ class FeatureSpec:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """The flat features of a dataset: `steps` without the `steps/` prefix, `episode` with its own."""
+    """The flat features of a dataset: `steps` without the `steps/` prefix, `episode` all others."""
 
     steps: Mapping[str, FeatureSpec]
     episode: Mapping[str, FeatureSpec] = field(default_factory=dict)

@@ -1,8 +1,8 @@
 """TFRecord files without TensorFlow: framing, checksums, and reads at a known offset.
 
-A record is `length (u64) | masked CRC of length (u32) | payload | masked CRC of payload (u32)`, all
-little endian. The index finds each payload once with `scan_records`; afterwards `FileReader` fetches
-any span with one positioned read, so several processes can share files without a cursor.
+A record is `length (u64) | masked CRC of length (u32) | payload | masked CRC of payload (u32)`,
+all little endian. The index finds each payload once with `scan_records`; afterwards `FileReader`
+fetches any span with one positioned read, so several processes share files without a cursor.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ writes shards, `features.json` and last `dataset_info.json`, which marks the dat
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -178,7 +179,7 @@ class RldsWriter:
         bounds = [len(keys) * i // self.shards for i in range(self.shards + 1)]
         payload_bytes = 0
         with self._part(split).open("rb") as part:
-            for shard, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            for shard, (start, end) in enumerate(itertools.pairwise(bounds)):
                 name = f"{self.name}-{split}.tfrecord-{shard:05d}-of-{self.shards:05d}"
                 temporary = self._parts / name
                 with temporary.open("wb") as out:
@@ -194,7 +195,7 @@ class RldsWriter:
             "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
             "name": split,
             "numBytes": str(payload_bytes),
-            "shardLengths": [str(b - a) for a, b in zip(bounds, bounds[1:], strict=False)],
+            "shardLengths": [str(b - a) for a, b in itertools.pairwise(bounds)],
         }
 
     def _encode(self, steps: dict[str, Any], metadata: dict[str, Any]) -> bytes:
