@@ -95,20 +95,21 @@ class Augmentation:
         if self.saturation:
             grey = (pixels * _LUMA).sum(1, keepdim=True)
             pixels = pixels.sub_(grey).mul_(saturation).add_(grey)
-        scale = brightness * contrast
         if self.contrast:
             mean = pixels.mean((1, 2, 3), keepdim=True)
-            pixels = pixels.mul_(scale).add_(brightness * mean * (1 - contrast))
+            offset = brightness * mean * (1 - contrast) + 0.5
         else:
-            pixels = pixels.mul_(scale)
-        return pixels.round_().clamp_(0, 255).to(torch.uint8)
+            offset = torch.full_like(brightness, 0.5)  # makes truncation round
+        return torch.addcmul(offset, pixels, brightness * contrast).clamp_(0, 255).to(torch.uint8)
 
 
 def _shift(images: Tensor, moves: np.ndarray) -> Tensor:
     """Each image [m 3 h w] moved by its (down, right) pixels, the edge repeated behind it."""
     height, width = images.shape[-2:]
-    rows = np.clip(np.arange(height) - moves[:, :1], 0, height - 1)
-    columns = np.clip(np.arange(width) - moves[:, 1:], 0, width - 1)
-    flat = torch.from_numpy(rows[:, :, None] * width + columns[:, None, :])
-    index = flat.view(len(images), 1, -1).expand(-1, images.shape[1], -1)
-    return images.flatten(2).gather(2, index).view(images.shape)
+    margin = int(np.abs(moves).max(initial=0))
+    edges = ((0, 0), (0, 0), (margin, margin), (margin, margin))
+    padded = np.pad(images.numpy(), edges, "edge")
+    moved = np.empty(images.shape, np.uint8)
+    for image, source, (down, right) in zip(moved, padded, (margin - moves).tolist(), strict=True):
+        image[:] = source[:, down : down + height, right : right + width]
+    return torch.from_numpy(moved)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +77,10 @@ class RldsDataset:
         if not len(chosen):
             raise ValueError(f"no episode of {split!r} in {self.index.directory} is selected")
         self.episodes = chosen
-        self._starts = np.asarray(self.index.starts[chosen])
-        self._ends = np.cumsum(self.index.lengths[chosen])
+        self._starts = np.asarray(self.index.starts[chosen])  # rows of the index
+        self.episode_lengths = np.asarray(self.index.lengths[chosen])  # frames of each episode
+        self._ends = np.cumsum(self.episode_lengths)
+        self.episode_starts = self._ends - self.episode_lengths  # first frame of each episode
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -91,16 +92,6 @@ class RldsDataset:
     def num_episodes(self) -> int:
         """Chosen episodes."""
         return len(self.episodes)
-
-    @property
-    def episode_lengths(self) -> np.ndarray:
-        """Frames of each chosen episode."""
-        return np.diff(self._ends, prepend=0)
-
-    @property
-    def episode_starts(self) -> np.ndarray:
-        """First frame of each chosen episode."""
-        return self._ends - self.episode_lengths
 
     def episode_of(self, i: int | np.ndarray) -> np.ndarray:
         """The chosen episode, counted from 0, that holds each frame."""
@@ -116,12 +107,12 @@ class RldsDataset:
         """Width of an action."""
         return sum(self._width(key) for key in self._action_keys)
 
-    @cached_property
+    @property
     def states(self) -> np.ndarray:
         """float32 [frames of the dataset, state_dim], without decoding an image."""
         return self._values(self._state_keys, self._rows())
 
-    @cached_property
+    @property
     def actions(self) -> np.ndarray:
         """float32 [frames of the dataset, action_dim], the action taken at each frame."""
         return self._values(self._action_keys, self._rows())
@@ -141,16 +132,14 @@ class RldsDataset:
         i = i % len(self)
         episode = int(self.episode_of(i))
         length = int(self.episode_lengths[episode])
-        step = i - (int(self._ends[episode]) - length)
+        step = i - int(self.episode_starts[episode])
         start = int(self._starts[episode])
-        past = np.maximum(np.arange(step - self.frames + 1, step + 1), 0)
+        past = start + np.maximum(np.arange(step - self.frames + 1, step + 1), 0)
         ahead = np.arange(step, step + self.horizon)
-        images = {
-            name: self._image(key, episode, start + past) for name, key in self.cameras.items()
-        }
+        images = {name: self._image(key, episode, past) for name, key in self.cameras.items()}
         return {
             "images": {name: image for name, image in images.items() if image is not None},
-            "state": self._values(self._state_keys, start + past),
+            "state": self._values(self._state_keys, past),
             "actions": self._values(self._action_keys, start + np.minimum(ahead, length - 1)),
             "action_is_pad": ahead >= length,
             "text": self._text(start + step),
@@ -166,21 +155,16 @@ class RldsDataset:
 
     def _image(self, key: str, episode: int, rows: np.ndarray) -> np.ndarray | None:
         """[h w 3], or with history [frames h w 3]; None where the image is empty."""
-        path = self.index.files[self.index.shard[self.episodes[episode]]]
-        decoded: dict[int, np.ndarray] = {}
-        for row in rows.tolist():
-            if row in decoded:
-                continue
-            offset, size = self.index.step_values(key)[row].tolist()
+        path = self.index.files[int(self.index.shard[self.episodes[episode]])]
+        decoded = []
+        for offset, size in self.index.step_values(key)[rows].tolist():
             if not size:
                 return None
             try:
-                decoded[row] = decode_image(self._files.read(path, offset, size))
+                decoded.append(decode_image(self._files.read(path, offset, size)))
             except ValueError as error:
                 raise ValueError(f"{path}, {key} at offset {offset}: {error}") from error
-        if self.frames == 1:
-            return decoded[int(rows[0])]
-        return np.stack([decoded[row] for row in rows.tolist()])
+        return decoded[0] if self.frames == 1 else np.stack(decoded)
 
     def _text(self, row: int) -> str:
         if self._text_key is None:

@@ -19,6 +19,7 @@ import numpy as np
 from pizero.data.hashing import mix_bits
 
 ROUNDS = 4
+_ROUND_KEYS = np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)
 
 
 def permute(positions: np.ndarray, size: np.ndarray | int, key: np.ndarray | int) -> np.ndarray:
@@ -26,16 +27,16 @@ def permute(positions: np.ndarray, size: np.ndarray | int, key: np.ndarray | int
 
     int64 [n]; `size` and `key` may differ from entry to entry. Positions must be below the size.
     """
-    positions, size, key = np.broadcast_arrays(positions, size, key)
-    values = positions.astype(np.uint64)
+    positions, size, key = np.broadcast_arrays(positions, size, mix_bits(key))
+    values, limit = positions.astype(np.uint64), size.astype(np.uint64)
     # Half the bits of the smallest power of four that covers the size; values that leave the range
     # walk on until they come back, which takes fewer than four tries on average.
     bits = np.ceil(np.log2(np.maximum(size, 2)) / 2).astype(np.uint64)
-    bits = np.maximum(bits + (np.uint64(4) ** bits < size.astype(np.uint64)), 1)
+    bits = np.maximum(bits + (np.uint64(4) ** bits < limit), 1)
     outside = np.ones(len(values), bool)
     while outside.any():
         values[outside] = _feistel(values[outside], bits[outside], key[outside])
-        outside = values >= size.astype(np.uint64)
+        outside = values >= limit
     return values.astype(np.int64)
 
 
@@ -100,8 +101,8 @@ def rank_samples(
 def _feistel(values: np.ndarray, bits: np.ndarray, key: np.ndarray) -> np.ndarray:
     mask = (np.uint64(1) << bits) - np.uint64(1)
     left, right = values >> bits, values & mask
-    for i in range(ROUNDS):
-        left, right = right, left ^ (mix_bits(key, i, right) & mask)
+    for round_key in _ROUND_KEYS:
+        left, right = right, left ^ (mix_bits((key ^ round_key) + right) & mask)
     return (left << bits) | right
 
 

@@ -200,11 +200,11 @@ def _action_rows(dataset: RldsDataset, delta_mask: Sequence[bool] | None) -> np.
     if delta_mask is None:
         return dataset.actions
     starts, lengths = dataset.episode_starts, dataset.episode_lengths
+    actions, states = dataset.actions, dataset.states
     left = np.repeat(starts + lengths, lengths) - np.arange(len(dataset))
     rows = [np.flatnonzero(left > ahead) for ahead in range(dataset.horizon)]
     pieces = [
-        subtract_state(dataset.actions[r + ahead], dataset.states[r], delta_mask)
-        for ahead, r in enumerate(rows)
+        subtract_state(actions[r + ahead], states[r], delta_mask) for ahead, r in enumerate(rows)
     ]
     return np.concatenate(pieces)
 

@@ -50,6 +50,7 @@ class Index:
 
     def __init__(self, folder: Path, directory: Path) -> None:
         self.folder, self.directory = folder, directory
+        self._columns: dict[tuple[str, str, str], np.ndarray] = {}
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -90,24 +91,30 @@ class Index:
         """The file that holds each episode, as a position in `files`."""
         return self._episodes[:, 2]
 
-    def step_values(self, key: str, kind: str | None = None) -> np.ndarray:
-        """The column of a key below `steps/`: numbers [steps ...], text numbers [steps], or the
-        offset and size of each image [steps 2]."""
-        self._check(key, self.spec.steps, "steps", kind)
-        return self._map(f"steps.{key}")
+    def step_values(self, key: str, kind: str = "any") -> np.ndarray:
+        """The column of a key below `steps/`, which must be of the kind.
+
+        tensor [steps ...], text numbers [steps], or the offset and size of each image [steps 2].
+        """
+        return self._column("steps", key, kind)
 
     def episode_values(self, key: str) -> np.ndarray:
         """The column of a key outside the steps, e.g. `episode_metadata/task`."""
-        self._check(key, self.spec.episode, "episode", None)
-        return self._map(f"episode.{key}")
+        return self._column("episode", key, "any")
 
     def texts(self, numbers: np.ndarray) -> list[str]:
         """The strings that a text column stands for."""
         return [self.strings[n] for n in numbers]
 
-    def _check(
-        self, key: str, specs: Mapping[str, FeatureSpec], group: str, kind: str | None
-    ) -> None:
+    def _column(self, group: str, key: str, kind: str) -> np.ndarray:
+        column = self._columns.get((group, key, kind))
+        if column is None:
+            self._check(group, key, kind)
+            column = self._columns[group, key, kind] = self._load(f"{group}.{key}")
+        return column
+
+    def _check(self, group: str, key: str, kind: str) -> None:
+        specs = self.spec.steps if group == "steps" else self.spec.episode
         where = f"{self.directory} ({group})"
         stored = {k: s for k, s in specs.items() if f"{group}.{k}" in self.manifest["columns"]}
         if key in specs and key not in stored:
@@ -115,18 +122,13 @@ class Index:
                 f"{where}: {key!r} is not in the index: {specs[key]}; only images, text and "
                 f"fixed arrays of at most {LARGEST_ROW} numbers are"
             )
-        if key not in stored or (kind and stored[key].kind != kind):
-            choices = [k for k, s in stored.items() if kind in (None, s.kind)]
-            raise unknown_key(key, choices, where=f"{where}, {kind or 'any'} features,")
-
-    def _map(self, column: str) -> np.ndarray:
-        cache = self.__dict__.setdefault("_columns", {})
-        if column not in cache:
-            cache[column] = self._load(column)
-        return cache[column]
+        if key not in stored or kind not in ("any", stored[key].kind):
+            choices = [k for k, s in stored.items() if kind in ("any", s.kind)]
+            raise unknown_key(key, choices, where=f"{where}, {kind} features,")
 
     def _load(self, column: str) -> np.ndarray:
-        return np.load(self.folder / _file_name(column), mmap_mode="r")
+        mapped = np.load(self.folder / _file_name(column), mmap_mode="r")
+        return mapped.view(np.ndarray)  # still mapped, without the cost of the memmap class
 
     def __getstate__(self) -> dict[str, Path]:
         return {"folder": self.folder, "directory": self.directory}
