@@ -7,7 +7,7 @@
 
 cd "$SLURM_SUBMIT_DIR" || exit
 # One name for the run on every node. The first node holds the meeting place.
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 rendezvous=(
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node=gpu
     --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID"
