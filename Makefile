@@ -10,11 +10,6 @@ PYTHON ?=
 SYSTEM_SITE_PACKAGES ?=
 export VENV TORCH PYTHON SYSTEM_SITE_PACKAGES
 
-ifeq ($(shell uname -s),Linux)
-MUJOCO_GL ?= osmesa
-export MUJOCO_GL
-endif
-
 BIN := $(VENV)/bin
 UV := $(firstword $(wildcard $(BIN)/uv) uv)
 # Named after TORCH, so that asking for another version is not taken for done.

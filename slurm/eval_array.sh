@@ -3,7 +3,7 @@
 #   sbatch --array=1-7 slurm/eval_array.sh slurm/sweep_metaworld.txt \
 #       --config-name=eval_metaworld checkpoint=outputs/metaworld/checkpoints/latest
 #
-# Task 1 takes the first line that is not a comment, and so on. Each line gives the run a name= of its
+# Task 1 takes the first line that is not a comment, and so on. Each line gives a run_dir= of its
 # own; a task that is queued again continues with the episodes that its run folder lacks.
 #SBATCH --job-name=pizero-eval
 #SBATCH --nodes=1
@@ -18,7 +18,6 @@
 
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
-export MUJOCO_GL=${MUJOCO_GL:-osmesa}
 
 sweep=$1
 shift
