@@ -170,15 +170,12 @@ def build_pipeline(
     node: Any, folder: Path, *, packages: Sequence[str] | None = None
 ) -> PolicyPipeline:
     """The configured pipeline, with the statistics and the tokenizer that lie in `folder`."""
-    from pizero.data.stats import Statistics
-    from pizero.data.tokenizer import Tokenizer
-
     return build(
         node,
         path="pipeline",
         packages=packages,
-        statistics=Statistics.load(folder / "stats.json"),
-        tokenizer=Tokenizer(folder / "tokenizer.model"),
+        statistics=folder / "stats.json",
+        tokenizer=folder / "tokenizer.model",
     )
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
+from pizero.data.hashing import mix_bits
 from pizero.types import Float, Int, Tensor
 
-_MASK = (1 << 64) - 1
+STREAM = 0x6E6F697365  # keeps these draws apart from those of augmentation and order
 
 
 class TimeSampler(Protocol):
@@ -34,19 +36,9 @@ def flow_draws(
     generator = torch.Generator()
     noise = torch.empty(len(samples), flow_samples, horizon, action_dim)
     times = torch.empty(len(samples), flow_samples)
-    for i, sample in enumerate(samples.tolist()):
-        generator.manual_seed(mix(seed, sample) >> 1)
+    # torch's CPU generator uses 32 bits of its seed, so now and then two samples share their draws.
+    for i, key in enumerate((mix_bits(seed, STREAM, samples.numpy()) >> np.uint64(32)).tolist()):
+        generator.manual_seed(key)
         torch.randn(noise.shape[1:], generator=generator, out=noise[i])
         times[i] = time_sampler.sample((flow_samples,), generator)
     return noise, times
-
-
-def mix(*keys: int) -> int:
-    """A 64-bit hash of integers (the finaliser of splitmix64, applied to one key after another)."""
-    state = 0
-    for key in keys:
-        state = (state + (key & _MASK) + 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state
