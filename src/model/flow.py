@@ -70,3 +70,17 @@ class BetaTime:
 
 
 TimeSampler = UniformTime | BetaTime
+
+
+def euler_times(num_steps: int, device: torch.device) -> Float[Tensor, " steps"]:
+    """The flow time of every Euler step, as openpi reaches it: counting down in float32.
+
+    Its rounding is part of the published numbers: at the 1600 rad of the time embedding, exact
+    times would move the actions by 1e-4.
+    """
+    left = torch.ones(1, device=device)
+    times = []
+    for _ in range(num_steps):
+        times.append(1 - left.double())
+        left = left - 1 / num_steps
+    return torch.cat(times)

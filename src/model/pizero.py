@@ -19,7 +19,7 @@ from torch import nn
 from pizero.model.cache import PrefixCache
 from pizero.model.containers import Named
 from pizero.model.embed import AdaptiveActionEncoder, MixedActionEncoder, SinusoidalTime
-from pizero.model.flow import FlowPath, TimeSampler
+from pizero.model.flow import FlowPath, TimeSampler, euler_times
 from pizero.model.initialise import initialise
 from pizero.model.joint import JointModel
 from pizero.model.layout import Segment, TokenLayout, did_you_mean
@@ -168,8 +168,7 @@ class PiZero(nn.Module):
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
         cache = self.prefix(observation)
-        times = torch.arange(num_steps, dtype=torch.float64, device=noise.device) / num_steps
-        terms, modulation = self._time_tables(times)
+        terms, modulation = self._time_tables(euler_times(num_steps, noise.device))
         points = [noise.float()]
         for i in range(num_steps):
             term = None if terms is None else terms[i : i + 1]
