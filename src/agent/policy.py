@@ -1,0 +1,164 @@
+"""A trained policy as a robot uses it: pictures, a sentence and a state in, an action chunk out.
+
+    policy = pizero.load_policy("outputs/demo/train/checkpoints/latest")
+    chunk = policy.act(images={"corner": picture}, text="open the drawer", state=state)
+
+Everything between the robot's own units and the model's (tokenising, resizing, normalising, padding
+and the way back) is the pipeline's business, the same one that training used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from pizero.types import Float, Observation, Tensor
+
+if TYPE_CHECKING:
+    from pizero.data.pipeline import PolicyPipeline
+    from pizero.model import PiZero
+
+DEFAULT_NUM_STEPS = 10
+
+
+class Policy:
+    """A model and its pipeline, ready to act.
+
+    `num_steps` is the number of Euler steps of a decision. The model's weights decide the device.
+    """
+
+    def __init__(
+        self, model: PiZero, pipeline: PolicyPipeline, *, num_steps: int = DEFAULT_NUM_STEPS
+    ) -> None:
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        self.model = model.eval()
+        self.pipeline = pipeline
+        self.num_steps = num_steps
+        self.device = next(model.parameters()).device
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """The shape of one decision's noise: the model's horizon and (padded) action_dim."""
+        return (self.model.horizon, self.model.action_dim)
+
+    def act(
+        self,
+        *,
+        images: Mapping[str, np.ndarray | None],
+        text: str,
+        state: np.ndarray | None,
+        noise: Float[Tensor, "horizon action_dim"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> np.ndarray:
+        """The action chunk float32 [horizon action_dim] in the robot's units.
+
+        `images` maps every camera of the policy to uint8 [height width 3], or to None where the
+        robot lacks it. Without `noise` the start of the flow is drawn from `generator` (a CPU
+        generator), or from torch's own.
+        """
+        if noise is None:
+            noise = torch.randn(self.noise_shape, generator=generator)
+        observation = {"images": images, "text": text, "state": state}
+        return self.act_batch([observation], noise=noise[None])[0]
+
+    def act_batch(
+        self,
+        observations: Sequence[Mapping[str, Any]],
+        *,
+        noise: Float[Tensor, "b horizon action_dim"],
+    ) -> np.ndarray:
+        """One model call for several observations: float32 [b horizon action_dim] in robot units.
+
+        Each observation has "images", "text" and "state" as in `act`. A row depends on its own
+        observation and noise only, whatever the rest of the batch, up to rounding.
+        """
+        expected = (len(observations), *self.noise_shape)
+        if tuple(noise.shape) != expected:
+            raise ValueError(
+                f"noise must have shape [batch horizon action_dim] = {list(expected)}, "
+                f"got {list(noise.shape)}"
+            )
+        batch = self.observe(observations)
+        with torch.inference_mode():
+            actions = self.model.sample(batch, noise.to(self.device), self.num_steps)
+        return np.stack(
+            [
+                self.pipeline.decode_actions(chunk, _present(observation["state"]))
+                for chunk, observation in zip(actions.cpu(), observations, strict=True)
+            ]
+        )
+
+    def observe(self, observations: Sequence[Mapping[str, Any]]) -> Observation:
+        """Observations as the model takes them, checked and batched, on the model's device."""
+        encoded = [self._encode(observation) for observation in observations]
+        return self.pipeline.collate_observations(encoded).to(self.device)
+
+    def _encode(self, observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        images = observation["images"]
+        known = self.pipeline.cameras
+        missing = [camera for camera in known if camera not in images]
+        # A name that the pipeline does not know is its error to raise: it suggests the nearest.
+        if missing and all(camera in known for camera in images):
+            raise ValueError(
+                f"no picture from camera {missing[0]!r}: the policy was trained with "
+                f"{list(known)}, got {list(images)}; pass None for a camera that is not there"
+            )
+        present = {camera: image for camera, image in images.items() if image is not None}
+        text, state = observation["text"], observation["state"]
+        if not isinstance(text, str):
+            raise ValueError(f"the instruction must be a string, got {text!r}")
+        return self.pipeline.observation(images=present, text=text, state=state)
+
+
+def load_policy(
+    path: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    num_steps: int = DEFAULT_NUM_STEPS,
+    weights: Literal["checkpoint", "random"] = "checkpoint",
+    seed: int = 0,
+    packages: Sequence[str] = ("pizero",),
+) -> Policy:
+    """The policy of a checkpoint folder, which needs nothing but that folder.
+
+    `weights="random"` gives the same model as it was before training (drawn from `seed`): the
+    baseline that shows what training was worth. The folder's configuration may name classes from
+    `packages` only; add your own if you trust the folder.
+    """
+    from pizero.agent.checkpoint import load_checkpoint
+    from pizero.agent.config import build
+
+    if weights not in ("checkpoint", "random"):
+        raise ValueError(f"weights must be 'checkpoint' or 'random', got {weights!r}")
+    device = choose_device(device)
+    config, model, pipeline, _ = load_checkpoint(path, device=device, packages=packages)
+    if weights == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = build(config.model, path="model", packages=packages).to(device)
+    return Policy(model, pipeline, num_steps=num_steps)
+
+
+def choose_device(device: torch.device | str | None = None) -> torch.device:
+    """The device asked for; None or "auto" is the GPU if there is one."""
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def keyed_noise(shape: tuple[int, ...], *key: int | str) -> Tensor:
+    """Gaussian noise that is a function of its key alone, the same on every machine."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.randn(shape, generator=generator)
+
+
+def _present(state: np.ndarray | None) -> np.ndarray | None:
+    """The newest state, where there is a history of them."""
+    return state if state is None or state.ndim == 1 else state[-1]
