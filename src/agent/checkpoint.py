@@ -274,6 +274,7 @@ def _write_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Opti
 
 def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read
 
 
 def _names(model: nn.Module) -> dict[nn.Parameter, str]:

@@ -178,6 +178,7 @@ def typed_root(config: DictConfig) -> Any:
     schema = root_class(config._target_)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), config)
+        assert isinstance(merged, DictConfig)
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, schema)) from error
     if missing := missing_keys(merged):
@@ -203,7 +204,9 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def build(node: Any, *, path: str = "", packages: Sequence[str] | None = None, **arguments: Any):
+def build(
+    node: Any, *, path: str = "", packages: Sequence[str] | None = None, **arguments: Any
+) -> Any:
     """Make the object a `_target_` node describes; `arguments` are live objects it cannot hold.
 
     Keys are compared with the signature first, in the node and all nodes below it. `packages`

@@ -27,11 +27,8 @@ class WeightAverage:
     def update(self, updates: int) -> None:
         """Move towards the weights; `updates` counts the updates made before this one."""
         weight = 1 - decay_after(updates, self.decay)
-        torch._foreach_lerp_(
-            list(self.average.values()),
-            [p.detach().float() for p in self.parameters.values()],
-            weight,
-        )
+        weights = [p.detach().float() for p in self.parameters.values()]
+        torch._foreach_lerp_(list(self.average.values()), weights, weight)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -118,6 +118,7 @@ def optimizer_state(
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
     for parameter, state in optimizer.state.items():
+        assert isinstance(parameter, nn.Parameter)
         for key, value in state.items():
             kept = tensors if isinstance(value, torch.Tensor) else values
             kept[f"{names[parameter]}:{key}"] = value

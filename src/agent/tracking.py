@@ -7,6 +7,7 @@ and the recorded chunk. Any class with these four methods can stand in its place
 from __future__ import annotations
 
 import io
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,8 @@ class WandbTracker:
     def __init__(self, *, project: str, entity: str | None, mode: str) -> None:
         if mode not in ("offline", "online"):
             raise ValueError(f"mode must be offline or online, got {mode!r}")
-        self.project, self.entity, self.mode = project, entity, mode
+        self.project, self.entity = project, entity
+        self.is_offline = mode == "offline"
         self._run: Any = None
 
     def start(self, *, folder: Path, name: str, config: Mapping[str, Any]) -> None:
@@ -51,11 +53,11 @@ class WandbTracker:
 
         remembered = folder / "wandb_id"
         if not remembered.exists():
-            remembered.write_text(wandb.util.generate_id())
+            remembered.write_text(secrets.token_hex(4))
         self._run = wandb.init(
             project=self.project,
             entity=self.entity,
-            mode=self.mode,
+            mode="offline" if self.is_offline else "online",
             name=name,
             dir=folder,
             config=dict(config),
@@ -97,7 +99,7 @@ def chunk_plot(example: Example) -> np.ndarray:
 
     dims = example.recorded.shape[1]
     figure = Figure(figsize=(2.2 * dims, 2), layout="tight")
-    for i, axis in enumerate(np.atleast_1d(figure.subplots(1, dims))):
+    for i, axis in enumerate(figure.subplots(1, dims, squeeze=False)[0]):
         axis.plot(example.recorded[:, i], color="black", label="recorded")
         axis.plot(example.predicted[:, i], color="tab:orange", label="predicted")
         axis.set_title(f"action {i}", fontsize=8)

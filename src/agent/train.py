@@ -73,14 +73,15 @@ class Trainer:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         if previous is not None:
             self._return_to(previous)
-        self.parallel = self.model
-        if ranks.world_size > 1:
-            self.parallel = DistributedDataParallel(
-                self.model, static_graph=True, gradient_as_bucket_view=True
-            )
         self.passes = num_passes(
             config.batch_size, world_size=ranks.world_size, micro_batch_size=config.micro_batch_size
         )
+        self.parallel = self.model
+        if ranks.world_size > 1:
+            # A static graph does not allow passes whose gradients are exchanged later.
+            self.parallel = DistributedDataParallel(
+                self.model, static_graph=self.passes == 1, gradient_as_bucket_view=True
+            )
         self.loader = TrainLoader(
             dataset=data,
             pipeline=self.pipeline,
