@@ -119,7 +119,7 @@ class EvalWorkspace:
             workers = [stack.enter_context(self.launch()) for _ in range(config.workers)]
             world = workers[0].call("describe")
             episodes = plan_episodes(config, world)
-            protocol = make_protocol(config, world, checkpoint, env=self.launch.keywords)
+            protocol = make_protocol(config, world, checkpoint)
             record = EpisodeLog(self.folder / "episodes.jsonl", protocol=protocol)
             policies = self._policies(checkpoint, world)
             timing = self._run(episodes, record, workers, policies, protocol["max_steps"])
@@ -206,7 +206,7 @@ class EvalWorkspace:
         chosen = choose_films(results, film=wanted, rule=config.success.value)
         if not chosen:
             return []
-        options = self.launch.keywords["options"] | config.film_options
+        options = config.env["options"] | config.film_options
         with ExitStack() as stack:
             workers = [
                 stack.enter_context(self.launch(options=options))
@@ -274,9 +274,7 @@ def plan_episodes(config: EvalConfig, world: Mapping[str, Any]) -> list[Episode]
     return episodes
 
 
-def make_protocol(
-    config: EvalConfig, world: Mapping[str, Any], checkpoint: Path, *, env: Mapping[str, Any]
-) -> dict[str, Any]:
+def make_protocol(config: EvalConfig, world: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
     """Everything that decides what the rates of this evaluation mean."""
     tasks = list(world["tasks"]) if config.tasks is None else config.tasks
     arms = {}
@@ -288,9 +286,9 @@ def make_protocol(
             "swap": arm.swap,
         }
     return {
-        "simulator": env["simulator"],
+        "simulator": config.env["simulator"],
         "simulator_version": world.get("version", "unknown"),
-        "simulator_options": env["options"],
+        "simulator_options": config.env["options"],
         "tasks": tasks,
         "pool": config.pool,
         "arms": arms,

@@ -137,9 +137,10 @@ def load_policy(
     if weights not in ("checkpoint", "random"):
         raise ValueError(f"weights must be 'checkpoint' or 'random', got {weights!r}")
     device = choose_device(device)
-    config, model, pipeline, _ = load_checkpoint(path, device=device, packages=packages)
-    if weights == "random":
-        with torch.random.fork_rng(devices=[]):
+    # Building a model draws from torch's generator, which is the caller's.
+    with torch.random.fork_rng(devices=[]):
+        config, model, pipeline, _ = load_checkpoint(path, device=device, packages=packages)
+        if weights == "random":
             torch.manual_seed(seed)
             model = build(config.model, path="model", packages=packages).to(device)
     return Policy(model, pipeline, num_steps=num_steps)

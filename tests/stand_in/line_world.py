@@ -1,4 +1,4 @@
-"""A simulator of a few lines for tests: a point between two walls, told in words which one to touch.
+"""A simulator of a few lines for tests: a point between two walls, and words say which to touch.
 
 Both tasks are one scene, so only the words tell them apart, as with Metaworld's faucet.
 """
@@ -22,7 +22,7 @@ class LineWorld:
         tasks = {name: {"sentences": s, "group": "line"} for name, s in SENTENCES.items()}
         return {
             "tasks": tasks,
-            "cameras": ["front", "back"],
+            "cameras": ["corner", "wrist"],
             "state_dim": 4,
             "action_dim": 4,
             "control_hz": 10.0,
@@ -64,7 +64,7 @@ class LineWorld:
 
     def _observe(self):
         state = np.array([self.x, 0, 0, 0], dtype=np.float32)
-        images = {"front": self._draw(self.size), "back": self._draw(self.size)[:, ::-1].copy()}
+        images = {"corner": self._draw(self.size), "wrist": self._draw(self.size)[:, ::-1].copy()}
         return {"images": images, "state": state, "text": self.text}
 
     def _draw(self, size):
