@@ -26,7 +26,7 @@ class FlowPath:
     def point(
         self,
         noise: Float[Tensor, "*b h a"],
-        actions: Float[Tensor, "*b h a"],
+        actions: Float[Tensor, "*#b h a"],
         t: Float[Tensor, "*b"],
     ) -> Float[Tensor, "*b h a"]:
         """Where the path is at time t."""

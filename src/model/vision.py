@@ -62,7 +62,7 @@ class SigLIP(VisionTower):
         )
         self.final_norm = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n tokens width"]:
+    def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n tokens width"]:
         check_image_size(images, self.image_size)
         x = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))
         x = rearrange(x, "n d h w -> n (h w) d") + self.position_embedding
@@ -127,7 +127,7 @@ class ConvTower(VisionTower):
         self.stages = nn.Sequential(*stages)
         self.position_embedding = nn.Parameter(torch.randn(self.num_tokens, self.width) * 0.02)
 
-    def forward(self, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n tokens width"]:
+    def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n tokens width"]:
         check_image_size(images, self.image_size)
         # channels last: a third faster on CPUs, no slower on GPUs
         images = images.to(self.position_embedding.dtype, memory_format=torch.channels_last)

@@ -148,9 +148,11 @@ def from_openpi(source: published.Weights) -> published.Weights:
     }
     if "state_proj.weight" in source:
         return weights | published.mixed_actions(source)
-    for theirs, ours in (("action_in_proj", "in_proj"), ("time_mlp_in", "time_in"), ("time_mlp_out", "time_out")):  # fmt: skip
-        weights |= published.linear(source, theirs, f"action_encoder.{ours}")
-    return weights
+    return weights | {
+        **published.linear(source, "action_in_proj", "action_encoder.in_proj"),
+        **published.linear(source, "time_mlp_in", "action_encoder.time_in"),
+        **published.linear(source, "time_mlp_out", "action_encoder.time_out"),
+    }
 
 
 def from_open_pi_zero(source: published.Weights) -> published.Weights:
@@ -192,7 +194,7 @@ def test_every_stored_number(name):
 
 
 def check_prefix(case: Case) -> None:
-    tokens, valid, layout = case.model.embed_prefix(case.observation)
+    tokens, valid, _ = case.model.embed_prefix(case.observation)
     kept = case.model.prefix(case.observation)
     length = tokens["image"].shape[1] + tokens["text"].shape[1]
     embedded = torch.cat((tokens["image"], tokens["text"]), dim=1)

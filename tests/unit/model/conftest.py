@@ -1,0 +1,11 @@
+"""Every test of this folder draws the same random numbers, whatever ran before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
