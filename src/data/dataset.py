@@ -68,6 +68,8 @@ class RldsDataset:
             self.index.step_values(key, "image")
         for key in self._state_keys + self._action_keys:
             self.index.step_values(key, "tensor")
+        if text is not None:
+            self.index.step_values(text, "text")
         if not self._action_keys:
             raise ValueError("expected at least one action key, got none")
         chosen = np.arange(len(self.index.lengths))[_range(first, last, len(self.index.lengths))]
@@ -160,8 +162,9 @@ class RldsDataset:
         for offset, size in self.index.step_values(key)[rows].tolist():
             if not size:
                 return None
+            data = self._files.read(path, offset, size)
             try:
-                decoded.append(decode_image(self._files.read(path, offset, size)))
+                decoded.append(decode_image(data))
             except ValueError as error:
                 raise ValueError(f"{path}, {key} at offset {offset}: {error}") from error
         return decoded[0] if self.frames == 1 else np.stack(decoded)

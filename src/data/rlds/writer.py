@@ -60,20 +60,17 @@ class RldsWriter:
         self.splits, self.shards, self.image_quality = tuple(splits), shards, image_quality
         self.spec = DatasetSpec.from_flat(features)
         self._parts = self.path / PARTS
-        self._parts.mkdir(parents=True, exist_ok=True)
-        self._lock = (self._parts / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise ValueError(f"{self.path} is being written by another process") from error
-        self.is_finished = (self.path / "dataset_info.json").exists()
         self._entries: dict[str, dict[str, Any]] = {}
         self._files: dict[str, Any] = {}
-        if self.is_finished:
-            self.close()
-        else:
-            self._recover()
+        self.is_finished = (self.path / "dataset_info.json").exists()
+        if not self.is_finished:
+            self._parts.mkdir(parents=True, exist_ok=True)
+            try:
+                self._take_lock()
+                self._recover()
+            except BaseException:
+                self.close()
+                raise
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
@@ -132,18 +129,24 @@ class RldsWriter:
 
     def close(self) -> None:
         """Release the files; stored episodes stay for the next writer."""
+        if self.is_finished:
+            shutil.rmtree(self._parts, ignore_errors=True)
         for file in self._files.values():
             file.close()
         self._files = {}
-        if self.is_finished:
-            shutil.rmtree(self._parts, ignore_errors=True)
-        self._lock.close()
 
     def __enter__(self) -> RldsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _take_lock(self) -> None:
+        lock = self._files[".lock"] = (self._parts / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{self.path} is being written by another process") from error
 
     def _recover(self) -> None:
         """Open the part files, forgetting whatever a killed writer left half written."""
@@ -164,7 +167,7 @@ class RldsWriter:
                 raise unknown_key(entry["split"], self.splits, where=f"the writer of {self.path}")
             self._entries[entry["key"]] = entry
             ends[entry["split"]] = entry["offset"] + entry["size"]
-        self._files = {split: _open_at(self._part(split), end) for split, end in ends.items()}
+        self._files |= {split: _open_at(self._part(split), end) for split, end in ends.items()}
         self._files[PARTS] = _open_at(log, len(lines))
 
     def _part(self, split: str) -> Path:
