@@ -11,6 +11,7 @@ Nothing here imports torch, so the command line stays quick.
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -22,7 +23,7 @@ from typing import Any, get_type_hints
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -271,17 +272,21 @@ def bind(node: Mapping[str, Any], path: str, given: Sequence[str] | Mapping[str,
 
 def locate(target: str, path: str = "_target_") -> Any:
     """The class or function with this dotted name; names the nearest one if there is none."""
+    names = target.split(".")
+    found: Any = None
     try:
-        return get_object(target)
-    except Exception as error:
-        module, _, name = target.rpartition(".")
-        try:
-            candidates = list(vars(get_object(module)))
-        except Exception:
-            candidates = []
-        reason = f" ({error.__cause__})" if error.__cause__ else ""
-        hint = _nearest(name, candidates)
-        raise ValueError(f"{path}: cannot find {target!r}{hint}{reason}") from error
+        found = importlib.import_module(names[0])
+        for i, name in enumerate(names[1:], start=2):
+            if not hasattr(found, name):
+                importlib.import_module(".".join(names[:i]))
+            found = getattr(found, name)
+        return found
+    except ModuleNotFoundError as error:
+        if not target.startswith(str(error.name)):
+            raise ValueError(f"{path}: {target} needs the package {error.name}") from error
+        name = str(error.name).rsplit(".", 1)[-1]
+        known = [n for n in dir(found) if not n.startswith("_")] if "." in str(error.name) else []
+        raise ValueError(f"{path}: cannot find {target!r}{_nearest(name, known)}") from error
 
 
 def _nearest(name: str, candidates: Any) -> str:

@@ -1,0 +1,104 @@
+"""Every file under config/: it composes, binds to real code, and says in line one what it is."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from pizero.agent.config import (
+    bind,
+    build,
+    compose_config,
+    config_dir,
+    iter_targets,
+    load_config,
+    locate,
+    primary_configs,
+)
+
+TREE = config_dir()
+PRIMARIES = sorted(p.stem for p in TREE.glob("*.yaml"))
+GROUP_FILES = sorted(p.relative_to(TREE) for p in TREE.glob("*/**/*.yaml"))
+
+
+def first_line(path: Path) -> str:
+    return (TREE / path).read_text().split("\n", 1)[0]
+
+
+def command_of(name: str) -> list[str]:
+    return shlex.split(primary_configs()[name])
+
+
+def overrides_of(name: str) -> list[str]:
+    """The key=value words of the command that the file's first line gives."""
+    return [w for w in command_of(name) if "=" in w and not w.startswith("-")]
+
+
+def test_every_file_is_looked_at() -> None:
+    on_disk = {p.relative_to(TREE) for p in TREE.rglob("*") if p.is_file()} - {Path("README.md")}
+    looked_at = {Path(f"{name}.yaml") for name in PRIMARIES} | set(GROUP_FILES)
+    assert looked_at == on_disk
+    assert len(PRIMARIES) >= 4
+    assert len(GROUP_FILES) >= 10
+
+
+@pytest.mark.parametrize("name", PRIMARIES)
+def test_primary_composes_completely_by_its_own_command(name: str) -> None:
+    assert f"--config-name={name}" in command_of(name)
+    load_config(name, overrides_of(name))
+
+
+@pytest.mark.parametrize("name", PRIMARIES)
+def test_every_target_of_a_primary_binds(name: str) -> None:
+    config = compose_config(name, overrides_of(name))
+    OmegaConf.resolve(config)
+    nodes = OmegaConf.to_container(config)
+    assert isinstance(nodes, dict)
+    root = nodes.pop("_target_")
+    assert hasattr(locate(root), "run")
+    found = list(iter_targets(nodes))
+    assert found or not name.startswith("train")
+    for path, node in found:
+        bind(node, path)
+
+
+@pytest.mark.parametrize("path", GROUP_FILES, ids=str)
+def test_group_file_names_what_it_configures_and_fits_it(path: Path) -> None:
+    line = first_line(path)
+    assert line.startswith("# ")
+    locate(line[2:].split()[0].rstrip(":,"))
+    group = "/".join(path.parts[:-1])
+    for where, node in iter_targets(compose_group(group, path.stem)):
+        if node["_target_"] != "???":
+            bind({**node, "_partial_": True}, where)
+
+
+@pytest.mark.parametrize("path", [p for p in GROUP_FILES if p.parts[0] == "model"], ids=str)
+def test_model_builds_on_meta(path: Path) -> None:
+    node = compose_group("model", path.stem)["model"]
+    with torch.device("meta"):
+        model = build(node, path="model")
+    groups = model.parameter_groups()
+    grouped = [id(p) for group in groups.values() for p in group]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def test_primary_files_are_short() -> None:
+    for name in PRIMARIES:
+        assert len((TREE / f"{name}.yaml").read_text().splitlines()) <= 60, name
+
+
+def compose_group(group: str, option: str) -> dict[str, Any]:
+    """One group file with its own defaults list, references to elsewhere left as they are."""
+    with initialize_config_dir(str(TREE), version_base="1.3"):
+        config = compose(overrides=[f"+{group}={option}"])
+    assert isinstance(config, DictConfig)
+    nodes = OmegaConf.to_container(config)
+    assert isinstance(nodes, dict)
+    return nodes
