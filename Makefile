@@ -28,8 +28,8 @@ $(STAMP): requirements.lock pyproject.toml .ci/setup
 	@.ci/setup
 	@touch $@
 
-demo: $(STAMP) ## collect, train, evaluate and report on a small Metaworld policy (outputs/demo)
-	@$(BIN)/python scripts/demo.py
+demo: $(STAMP) ## collect, train, evaluate, report: a small Metaworld policy in outputs/demo (ARGS=key=value)
+	@$(BIN)/python scripts/demo.py $(ARGS)
 
 test: $(STAMP) ## everything that must hold: format, lint, types, imports, tests
 	@.ci/test
