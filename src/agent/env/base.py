@@ -4,7 +4,7 @@ A simulator lives in a worker process (worker.py), maybe under another interpret
 through client.py. Everything that passes is a dict, list, string, number or numpy array, so any
 robot world can stand behind these four methods, whatever its action size or cameras.
 
-An adapter of your own needs no change here: name it "my_package.my_module:MyClass" as the simulator.
+An adapter of your own needs no change here: its name is "my_package.my_module:MyClass".
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import numpy as np
 class Simulator(Protocol):
     """One robot world that plays one episode at a time.
 
-    An observation is {"images": {camera: uint8 [h w 3]}, "state": float32 [state_dim], "text": str}.
+    An observation is {"images": {camera: uint8 [h w 3]}, "state": float32 [s], "text": str}.
     """
 
     def describe(self) -> dict[str, Any]:
         """What there is: {"tasks": {task: {"sentences": [...], "group": str}}, "cameras": [...],
-        "state_dim": int, "action_dim": int, "control_hz": float, "max_steps": int}.
+        "state_dim": int, "action_dim": int, "control_hz": float, "max_steps": int, "version": str}.
 
         Tasks of one group share one scene and its starts, so that the words alone tell them apart.
         """
@@ -44,10 +44,10 @@ class Simulator(Protocol):
         """Execute float32 actions [n action_dim], one per control step, and look once at the end.
 
         Returns {"observation": ..., "success": bool [n], "goals": {goal: bool [n]}, "steps": int,
-        "done": bool, "film": [uint8 [h w 3], ...]}. `steps` counts since the reset; `done` says that
-        the time is up (success ends nothing: that is the evaluator's rule). What would pass the
-        time limit is not executed, so `success` can be shorter than `actions`. The film has one
-        frame per executed step, and none unless asked for.
+        "done": bool, "film": [uint8 [h w 3], ...]}. `steps` counts since the reset; `done` says
+        that the time is up (success ends nothing: that is the evaluator's rule). What would pass
+        the time limit is not executed, so `success` can be shorter than `actions`. The film has
+        one frame per executed step, and none unless asked for.
         """
         ...
 

@@ -37,7 +37,12 @@ class EnvClient:
     """One simulator in a process of its own, one request at a time. Made by `launch`."""
 
     def __init__(
-        self, *, simulator: str, connection: socket.socket, process: subprocess.Popen[bytes], log: IO[bytes]
+        self,
+        *,
+        simulator: str,
+        connection: socket.socket,
+        process: subprocess.Popen[bytes],
+        log: IO[bytes],
     ) -> None:
         self.simulator = simulator
         self._connection = connection
@@ -71,10 +76,16 @@ class EnvClient:
                 try:
                     # A session of its own: Ctrl-C is for the parent, which then closes its workers.
                     process = subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
                     )
                 except OSError as error:
-                    raise ValueError(f"cannot start the interpreter {command[0]!r}: {error}") from error
+                    raise ValueError(
+                        f"cannot start the interpreter {command[0]!r}: {error}"
+                    ) from error
                 connection = _accept(listener, process, log)
         except BaseException:
             _stop(process)
@@ -108,7 +119,7 @@ class EnvClient:
         self._method = method
 
     def result(self, timeout: float | None = None) -> Any:
-        """What the submitted method returned. TimeoutError after `timeout` seconds; ask again then."""
+        """What the submitted method returned. TimeoutError after `timeout` s; then ask again."""
         if self._method is None:
             raise RuntimeError("nothing is running: submit first")
         method = self._method
@@ -166,7 +177,9 @@ class EnvClient:
             status = "still running, but its connection is closed"
         except ValueError:
             status = "closed"
-        return WorkerDied(f"the {self.simulator} worker died in {method!r} ({status})\n{_tail(self._log)}")
+        return WorkerDied(
+            f"the {self.simulator} worker died in {method!r} ({status})\n{_tail(self._log)}"
+        )
 
 
 def _accept(
@@ -179,8 +192,9 @@ def _accept(
             connection, _ = listener.accept()
         except TimeoutError:
             if process.poll() is not None:
+                status = f"exit status {process.returncode}"
                 raise WorkerDied(
-                    f"the worker ended before it connected (exit status {process.returncode})\n{_tail(log)}"
+                    f"the worker ended before it connected ({status})\n{_tail(log)}"
                 ) from None
             if time.monotonic() > deadline:
                 raise WorkerDied(

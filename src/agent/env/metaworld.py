@@ -13,8 +13,8 @@ is a point in space and nowhere else, and no robot parts that only the far side 
 faucet-open and faucet-close are one scene: same starts, no markers, so only the words say which.
 `goals` then tells of both goals, whatever the episode's task is. Elsewhere it has the task's own.
 
-Starts are reproducible bit for bit: (pool, start) seeds the scene's random vector by a hash, and the
-environment class is used directly (through gymnasium.make the goal would come from another
+Starts are reproducible bit for bit: (pool, start) seeds the scene's random vector by a hash, and
+the environment class is used directly (through gymnasium.make the goal would come from another
 generator and differ from run to run).
 """
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,9 @@ class MetaworldSimulator:
             if task not in TASKS:
                 raise unknown_name("task", task, TASKS)
         if not 1 <= max_steps <= 100:
-            raise ValueError(f"max_steps must be 1..100 (Metaworld ends at 500 / {HOLD}), got {max_steps}")
+            raise ValueError(
+                f"max_steps must be 1..100 (Metaworld ends at 500 / {HOLD}), got {max_steps}"
+            )
         self._cameras = cameras_from(cameras)
         if not self._cameras:
             raise ValueError("at least one camera is needed")
@@ -105,6 +108,7 @@ class MetaworldSimulator:
             "action_dim": 4,
             "control_hz": 80.0 / HOLD,
             "max_steps": self._max_steps,
+            "version": ", ".join(f"{x} {metadata.version(x)}" for x in ("metaworld", "mujoco")),
         }
 
     def reset(
@@ -124,7 +128,9 @@ class MetaworldSimulator:
             raise ValueError("actions must be finite numbers")
         left = self._max_steps - scene.steps
         if left <= 0:
-            raise ValueError(f"the episode is over after {self._max_steps} control steps: reset first")
+            raise ValueError(
+                f"the episode is over after {self._max_steps} control steps: reset first"
+            )
         success, goals, frames = [], [], []
         for action in actions[:left]:
             success.append(scene.step(action))
@@ -210,14 +216,17 @@ class MetaworldSimulator:
         scene = self._scene = self._scenes[task]
         scene.reset(pool, start)
         sentences = TASKS[task].sentences
-        chosen = int(np.random.default_rng(_seed("text", pool, task, str(start))).integers(len(sentences)))
+        chosen = int(
+            np.random.default_rng(_seed("text", pool, task, str(start))).integers(len(sentences))
+        )
         self._text = sentences[chosen] if text is None else text
         return scene
 
     def _observe(self, scene: _Scene) -> dict[str, Any]:
         return {
             "images": {
-                name: scene.draw(name, self._image_size, self._supersample) for name in self._cameras
+                name: scene.draw(name, self._image_size, self._supersample)
+                for name in self._cameras
             },
             "state": scene.state(),
             "text": self._text,
@@ -231,7 +240,9 @@ class _Scene:
         try:
             from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         except ImportError as error:
-            raise RuntimeError(f"Metaworld is not installed here ({error}): pip install 'pizero[metaworld]'") from error
+            raise RuntimeError(
+                f"Metaworld is not installed here ({error}): pip install 'pizero[metaworld]'"
+            ) from error
         self.task = task
         self.steps = 0
         self._env: Any = ALL_V3_ENVIRONMENTS[f"{task.name}-v3"]()
@@ -265,12 +276,14 @@ class _Scene:
         if self.task.group != "faucet":
             return {self.task.name: self._info_success}
         base = self._env.model.body("faucetBase").pos
-        opened = self._env.data.site("handleStartOpen").xpos + (-0.04, 0.0, 0.02)
-        closed = self._env.data.site("handleStartClose").xpos + (0.0, 0.0, -0.01)
-        return {
-            "faucet-open": bool(np.linalg.norm(opened - base - (0.175, 0.0, 0.125)) <= 0.07),
-            "faucet-close": bool(np.linalg.norm(closed - base - (-0.175, 0.0, 0.125)) <= 0.07),
+        # Where the handle's end is, seen from where it should be.
+        missing = {
+            "faucet-open": np.add(self._env.data.site("handleStartOpen").xpos, (-0.04, 0.0, 0.02))
+            - np.add(base, (0.175, 0.0, 0.125)),
+            "faucet-close": np.add(self._env.data.site("handleStartClose").xpos, (0.0, 0.0, -0.01))
+            - np.add(base, (-0.175, 0.0, 0.125)),
         }
+        return {goal: bool(np.linalg.norm(offset) <= 0.07) for goal, offset in missing.items()}
 
     def state(self) -> np.ndarray:
         return self.observation[:4].astype(np.float32)
@@ -306,7 +319,9 @@ class _Scene:
             body = model.body(model.geom_bodyid[index]).name
             if body in _BEHIND:
                 model.geom_group[index] = _UNSEEN
-            elif (body.startswith("right_l") or body == "right_hand") and model.geom_rgba[index, 3] > 0:
+            elif (body.startswith("right_l") or body == "right_hand") and model.geom_rgba[
+                index, 3
+            ] > 0:
                 model.geom_rgba[index] = _ARM_RGBA
         for index in range(model.nsite):
             name = model.site(index).name
@@ -326,7 +341,7 @@ class _Scene:
         for name, camera in cameras.items():
             slot = slots[name]
             body = model.cam_bodyid[model.camera(slot).id]
-            # The hand keeps its orientation (a mocap weld), up to a small lag: take it as it is meant.
+            # The hand keeps its orientation (a mocap weld) up to a small lag, rounded off here.
             axes = np.round(data.xmat[body].reshape(3, 3)) if camera.on_hand else None
             place_camera(model, slot, camera, axes)
         return slots

@@ -152,14 +152,5 @@ _TASKS = (
             "push down the red button",
         ),
     ),
-    TaskSpec(
-        "handle-press",
-        (
-            "press the handle down",
-            "push the red handle down",
-            "lower the handle",
-            "press down on the lever",
-        ),
-    ),
 )
 TASKS = {task.name: task for task in _TASKS}

@@ -1,8 +1,8 @@
 """Pictures of a MuJoCo scene without a screen: fast, smooth and upright.
 
-On a CPU the time of a picture goes into vertices and into multisampling, hardly into pixels. So a
-scene is drawn without multisampling, shadows, sky and reflections, at a multiple of the wanted size,
-and averaged down: small things keep their sub-pixel places, which a policy needs to aim.
+On a CPU the time of a picture goes into vertices and multisampling, hardly into pixels. So a scene
+is drawn without multisampling, shadows, sky and reflections, at a multiple of the wanted size, and
+averaged down: small things keep their sub-pixel places, which a policy needs to aim.
 
 MUJOCO_GL must be settled before mujoco is imported: call `choose_gl` first.
 """
@@ -57,17 +57,19 @@ class Camera:
         right = np.cross(up, backwards)
         if np.linalg.norm(right) < 1e-6:
             raise ValueError(
-                f"camera at {list(self.position)} looking at {list(self.target)}: the two must differ, "
-                f"and not only along {'y' if self.on_hand else 'z'}, which points up in the picture"
+                f"camera at {list(self.position)} looking at {list(self.target)}: the two must "
+                f"differ, and not only along {'y' if self.on_hand else 'z'}, the picture's upright"
             )
         right /= np.linalg.norm(right)
         backwards /= length
         return np.stack([right, np.cross(backwards, right), backwards], axis=1)
 
 
-def place_camera(model: Any, slot: str, camera: Camera, hand_axes: np.ndarray | None = None) -> None:
+def place_camera(
+    model: Any, slot: str, camera: Camera, hand_axes: np.ndarray | None = None
+) -> None:
     """Move the model's camera `slot` there. `hand_axes`: the hand's axes in the world (columns)."""
-    import mujoco
+    mujoco = _mujoco()
 
     turn = np.eye(3) if hand_axes is None else hand_axes.T
     index = model.camera(slot).id
@@ -85,9 +87,7 @@ class Painter:
     _context: Any = None
 
     def __init__(self, model: Any, *, max_size: int, hulls: bool = True) -> None:
-        import mujoco
-
-        self._mujoco = mujoco
+        mujoco = self._mujoco = _mujoco()
         self._model = model
         model.vis.quality.offsamples = 0
         model.vis.global_.offwidth = model.vis.global_.offheight = max_size
@@ -130,10 +130,8 @@ class Painter:
         """One context for all; its own size is of no concern, since each painter has its buffer."""
         if cls._context is not None:
             return
-        import mujoco
-
         try:
-            context = mujoco.GLContext(64, 64)
+            context = _mujoco().GLContext(64, 64)
             context.make_current()
         except Exception as error:
             gl = os.environ.get("MUJOCO_GL", "")
@@ -162,6 +160,13 @@ def cameras_from(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Camera]:
         except TypeError as error:
             raise ValueError(f"camera {name!r}: {error}") from error
     return cameras
+
+
+def _mujoco() -> Any:
+    """Imported late, since that settles how to render; the module has no types to check against."""
+    import mujoco
+
+    return mujoco
 
 
 def _loads(name: str) -> bool:

@@ -24,7 +24,9 @@ SIMULATORS = {"metaworld": "pizero.agent.env.metaworld:MetaworldSimulator"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Serve a simulator to the process that began this one.")
+    parser = argparse.ArgumentParser(
+        description="Serve a simulator to the process that began this one."
+    )
     parser.add_argument("--connect", required=True, help="path of the parent's unix socket")
     parser.add_argument("--simulator", required=True, help=f"{sorted(SIMULATORS)} or module:Class")
     parser.add_argument("--options", default="{}", help="JSON: arguments of the simulator's class")
@@ -88,7 +90,9 @@ def _failure(error: Exception) -> dict[str, Any]:
     return {
         "error": {
             "user": isinstance(error, ValueError),
-            "message": f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}",
+            "message": f"{error}"
+            if isinstance(error, ValueError)
+            else f"{type(error).__name__}: {error}",
             "traceback": traceback.format_exc(),
         }
     }
