@@ -95,9 +95,9 @@ class RldsDataset:
         """Chosen episodes."""
         return len(self.episodes)
 
-    def episode_of(self, i: int | np.ndarray) -> np.ndarray:
-        """The chosen episode, counted from 0, that holds each frame."""
-        return np.searchsorted(self._ends, i, side="right")
+    def episode_of(self, frames: np.ndarray) -> np.ndarray:
+        """The chosen episode, counted from 0, that holds each frame [n]."""
+        return np.searchsorted(self._ends, frames, side="right")
 
     @property
     def state_dim(self) -> int:
@@ -132,7 +132,7 @@ class RldsDataset:
         if not -len(self) <= i < len(self):
             raise IndexError(f"frame {i} of a dataset with {len(self)} frames")
         i = i % len(self)
-        episode = int(self.episode_of(i))
+        episode = int(np.searchsorted(self._ends, i, side="right"))
         length = int(self.episode_lengths[episode])
         step = i - int(self.episode_starts[episode])
         start = int(self._starts[episode])

@@ -22,7 +22,7 @@ def mix_bits(*parts: int | np.ndarray) -> np.ndarray:
             state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state = state ^ (state >> np.uint64(31))
-    return state
+    return np.asarray(state)
 
 
 def uniform(seed: int, numbers: np.ndarray, draws: int) -> np.ndarray:

@@ -222,6 +222,16 @@ def _to_tensors(batch: Batch) -> dict[str, Tensor]:
 
 
 def _to_batch(tensors: dict[str, Tensor]) -> Batch:
-    of_batch = {name: tensors[name] for name in ("actions", "action_mask", "sample")}
-    rest = {name: x for name, x in tensors.items() if name not in of_batch}
-    return Batch(observation=Observation(**rest), **of_batch)
+    observation = Observation(
+        images=tensors["images"],
+        tokens=tensors["tokens"],
+        image_mask=tensors.get("image_mask"),
+        token_mask=tensors.get("token_mask"),
+        state=tensors.get("state"),
+    )
+    return Batch(
+        observation=observation,
+        actions=tensors["actions"],
+        action_mask=tensors["action_mask"],
+        sample=tensors["sample"],
+    )

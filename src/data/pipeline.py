@@ -30,6 +30,7 @@ from pizero.types import Batch, Observation
 
 Encoded = dict[str, np.ndarray]
 log = logging.getLogger(__name__)
+NORMALIZER_KEYS = ("kind", "mask", "clip", "epsilon", "min_scale")
 
 
 class PolicyPipeline:
@@ -287,10 +288,14 @@ def _normalizer(
     if name not in statistics:
         raise ValueError(f"expected statistics of {name!r}, got only {sorted(statistics)}")
     rule = {"kind": rule} if isinstance(rule, str) else rule
+    for key in rule:
+        _expect_one_of(f"a key of normalization.{name}", key, NORMALIZER_KEYS)
+    if "kind" not in rule:
+        raise ValueError(f"expected a kind in the normalization of {name!r}, got {sorted(rule)}")
     chosen = statistics[name] if width is None else statistics[name].cut(width)
     try:
         return Normalizer(statistics=chosen, **rule)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"normalization of {name!r}: {error}") from error
 
 

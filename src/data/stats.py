@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pizero.data.dataset import RldsDataset
 from pizero.data.mix import Mix
 
 _NAMES = {"actions": "action", "proprio": "state"}
+_ARRAYS = ("mean", "std", "min", "max", "q01", "q99")
 _FIELDS = {"p01": "q01", "p99": "q99"}
 _NEEDS = {
     "z_score": ("mean", "std"),
@@ -67,10 +68,8 @@ class Statistics:
         """The first `size` dimensions, for statistics that were saved padded to a model's width."""
         if size > self.size:
             raise ValueError(f"expected statistics of at least {size} dimensions, got {self.size}")
-        kept = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Statistics(
-            **{k: v[:size] if isinstance(v, np.ndarray) else v for k, v in kept.items()}
-        )
+        kept = {name: getattr(self, name) for name in _ARRAYS}
+        return replace(self, **{k: v[:size] for k, v in kept.items() if v is not None})
 
 
 def compute_statistics(
@@ -156,21 +155,7 @@ class Normalizer:
         if missing:
             raise ValueError(f"{kind} normalization needs {missing}, which the statistics lack")
         self.kind, self.clip, self.size = kind, clip, statistics.size
-        center, scale = np.zeros(self.size), np.ones(self.size)
-        if kind == "z_score":
-            spread = statistics.std
-            center, scale = statistics.mean, spread + epsilon
-        elif kind != "identity":
-            low, high = (getattr(statistics, name) for name in _NEEDS[kind])
-            spread = high - low
-            # 2 (x - low) / s - 1 = (x - (low + s / 2)) / (s / 2) with s = spread + epsilon
-            scale = (spread + epsilon) / 2
-            center = low + scale
-        if kind != "identity":
-            is_constant = spread < min_scale
-            if kind != "z_score":
-                center = np.where(is_constant, low + spread / 2, center)
-            scale = np.where(is_constant, 1.0, scale)
+        center, scale = _center_and_scale(kind, statistics, epsilon, min_scale)
         if mask is not None:
             if len(mask) != self.size:
                 raise ValueError(f"mask has {len(mask)} entries, statistics {self.size} dimensions")
@@ -194,6 +179,24 @@ class Normalizer:
                 f"{list(x.shape)}"
             )
         return x
+
+
+def _center_and_scale(
+    kind: str, statistics: Statistics, epsilon: float, min_scale: float
+) -> tuple[np.ndarray, np.ndarray]:
+    if kind == "identity":
+        return np.zeros(statistics.size), np.ones(statistics.size)
+    if kind == "z_score":
+        middle = center = statistics.mean
+        spread, scale = statistics.std, statistics.std + epsilon
+    else:
+        low, high = (getattr(statistics, name) for name in _NEEDS[kind])
+        spread, middle = high - low, (low + high) / 2
+        # 2 (x - low) / s - 1 = (x - (low + s / 2)) / (s / 2) with s = spread + epsilon
+        scale = (spread + epsilon) / 2
+        center = low + scale
+    is_constant = spread < min_scale
+    return np.where(is_constant, middle, center), np.where(is_constant, 1.0, scale)
 
 
 def _action_rows(dataset: RldsDataset, delta_mask: Sequence[bool] | None) -> np.ndarray:
@@ -233,8 +236,7 @@ def _from_json(tree: Any, where: str) -> Statistics:
     if isinstance(tree, Statistics):
         return tree
     named = {_FIELDS.get(k, k): v for k, v in tree.items()}
-    names = [f.name for f in fields(Statistics) if f.name != "count"]
-    arrays = {k: np.asarray(named[k], np.float64) for k in names if named.get(k) is not None}
+    arrays = {k: np.asarray(named[k], np.float64) for k in _ARRAYS if named.get(k) is not None}
     sizes = {k: v.shape for k, v in arrays.items()}
     if not {"mean", "std"} <= set(sizes) or len(set(sizes.values())) != 1:
         raise ValueError(f"{where}: expected mean, std and others of one length, got {sizes}")

@@ -45,7 +45,7 @@ class Tokenizer:
         """Token ids of the text as it is, without BOS or EOS."""
         return self._processor.encode(text, out_type=int)
 
-    def decode(self, tokens: Iterable[int]) -> str:
+    def decode(self, tokens: Iterable[int] | np.ndarray) -> str:
         """The text of token ids; special tokens vanish."""
         return self._processor.decode([int(t) for t in tokens])
 

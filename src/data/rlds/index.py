@@ -260,11 +260,7 @@ def _index_shard(job: tuple[Path, Path, int, bool]) -> tuple[Tables, list[str]]:
     strings: dict[str, int] = {}
     start = 0
     with file.open("rb") as handle:
-        size = os.fstat(handle.fileno()).st_size
-        view = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        if size and hasattr(mmap, "MADV_RANDOM") and not check_payload:
-            view.madvise(mmap.MADV_RANDOM)
-        buffer = memoryview(view)
+        buffer = _map_file(handle.fileno(), sequential=check_payload)
         for offset, length in scan_records(buffer, name=str(file), check_payload=check_payload):
             try:
                 features = parse_example(buffer[offset : offset + length])
@@ -282,11 +278,20 @@ def _index_shard(job: tuple[Path, Path, int, bool]) -> tuple[Tables, list[str]]:
     return tables, list(strings)
 
 
+def _map_file(descriptor: int, *, sequential: bool) -> memoryview:
+    if not os.fstat(descriptor).st_size:
+        return memoryview(b"")
+    view = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM") and not sequential:
+        view.madvise(mmap.MADV_RANDOM)  # only headers are touched; do not read images ahead
+    return memoryview(view)
+
+
 def _num_steps(features: Mapping[str, Feature], spec: DatasetSpec) -> int:
     for key in ("is_first", "is_last", *spec.steps):
         leaf = spec.steps.get(key)
         feature = features.get(STEPS + key)
-        if feature is None or leaf is None or leaf.kind == "ragged" or None in leaf.shape:
+        if feature is None or leaf is None or leaf.kind == "ragged" or -1 in leaf.shape:
             continue
         if feature.kind == "bytes":
             return len(feature.spans())
@@ -338,7 +343,7 @@ def _stack(rows: list[np.ndarray], spec: FeatureSpec) -> np.ndarray:
 def _is_kept(spec: FeatureSpec) -> bool:
     if spec.kind == "tensor":
         known = spec.dtype not in ("string", "object", "bfloat16")
-        return known and None not in spec.shape and spec.size <= LARGEST_ROW
+        return known and -1 not in spec.shape and spec.size <= LARGEST_ROW
     return spec.kind in ("image", "text")
 
 

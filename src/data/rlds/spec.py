@@ -33,7 +33,7 @@ class FeatureSpec:
 
     kind: str
     dtype: str
-    shape: tuple[int | None, ...] = ()
+    shape: tuple[int, ...] = ()  # -1 where it varies
     encoding: str = "none"  # of a tensor: none, bytes or zlib; of an image: jpeg, png or ""
     description: str = ""
 
@@ -65,12 +65,12 @@ class FeatureSpec:
 
     @property
     def size(self) -> int:
-        """Numbers in one value."""
-        return int(np.prod([d or 0 for d in self.shape], dtype=np.int64))
+        """Numbers in one value of fixed shape."""
+        return int(np.prod(self.shape, dtype=np.int64))
 
     def to_json(self) -> dict[str, Any]:
         """The node of `features.json`."""
-        shape = {"dimensions": [str(d or -1) for d in self.shape]} if self.shape else {}
+        shape = {"dimensions": [str(d) for d in self.shape]} if self.shape else {}
         if self.kind == "image":
             name = "image"
             body: dict[str, Any] = {"shape": shape, "dtype": self.dtype}
@@ -163,9 +163,8 @@ def _leaf(node: Mapping[str, Any], path: str) -> FeatureSpec:
     return FeatureSpec("ragged", node.get("pythonClassName", ""), description=description)
 
 
-def _shape(body: Mapping[str, Any]) -> tuple[int | None, ...]:
-    sizes = [int(d) for d in body.get("shape", {}).get("dimensions", [])]
-    return tuple(d if d >= 0 else None for d in sizes)
+def _shape(body: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(int(d) for d in body.get("shape", {}).get("dimensions", []))
 
 
 def _nest(flat: Mapping[str, FeatureSpec]) -> dict[str, Any]:

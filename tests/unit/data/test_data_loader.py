@@ -92,7 +92,9 @@ def test_batches_hold_the_frames_of_the_order(demo, make_pipeline, make_loader):
     pipeline = make_pipeline()
     loader = make_loader(augmentation=None, global_batch_size=len(demo))
     batch = _take(loader, 1)[0]
-    expected = pipeline.collate([pipeline.encode(demo.read(i)) for i in frames], np.arange(37))
+    expected = pipeline.collate(
+        [pipeline.encode(demo.read(i)) for i in frames.tolist()], np.arange(37)
+    )
     assert torch.equal(batch.observation.images, expected.observation.images)
     assert torch.equal(batch.actions, expected.actions)
 

@@ -179,7 +179,11 @@ def test_statistics_wider_than_the_robot_are_cut_on_request(demo, make_pipeline)
         ({"normalization": {"state": "z_score"}}, "expected normalization of 'action'"),
         ({"normalization": {"action": "z_score"}}, "expected normalization of 'state'"),
         ({"normalization": {"action": "zscore", "state": "z_score"}}, "normalization of 'action'"),
-        ({"normalization": {"action": {"knd": 1}, "state": "z_score"}}, "argument 'knd'"),
+        (
+            {"normalization": {"action": {"knd": "z"}}},
+            "normalization.action .* did you mean 'kind'",
+        ),
+        ({"normalization": {"action": {"clip": 1.0}}}, r"a kind in .* 'action', got \['clip'\]"),
         ({"action_dim": 3}, "action statistics have 4 dimensions, but .*action_dim is 3"),
         ({"state_dim": 3}, "state statistics have 4 dimensions, but .*state_dim is 3"),
         ({"tokenizer": "nowhere.model"}, "no tokenizer at nowhere.model"),

@@ -90,7 +90,9 @@ def test_constant_dimensions_are_centred_only(kind):
 
 def test_mask_and_clip():
     statistics = Statistics.of(VALUES)
-    normalizer = Normalizer(kind="z_score", statistics=statistics, mask=[1, 0, 1], clip=1.0)
+    normalizer = Normalizer(
+        kind="z_score", statistics=statistics, mask=[True, False, True], clip=1.0
+    )
     y = normalizer.normalize(VALUES)
     np.testing.assert_array_equal(y[:, 1], np.clip(VALUES[:, 1], -1, 1))
     assert np.abs(y).max() == 1

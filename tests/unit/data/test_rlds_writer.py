@@ -37,7 +37,7 @@ def test_tfds_opens_and_decodes_what_we_write(demo_path):
     features = builder.info.features
     assert features["steps"]["observation"]["corner"].shape == (16, 16, 3)
     assert features["steps"]["observation"]["gripper"]._encoding.value == "zlib"
-    files = [f for f in builder.info.splits["train"].filepaths]
+    files = [str(f) for f in builder.info.splits["train"].filepaths]
     parser = ExampleParserNp(features.get_serialized_info())
     number = 0
     for file in files:
