@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -49,10 +48,10 @@ def small_overrides(kind: str) -> list[str]:
     return [*set_sizes(SMALL), *extra, *(["model.state_dim=3"] if kind == "pi0" else [])]
 
 
-def small_policy(kind: str = "toy", *overrides: str, seed: int = 0) -> PiZero:
-    """A randomised small policy of a shipped kind."""
+def small_policy(kind: str = "toy", *overrides: str, seed: int | None = 0) -> PiZero:
+    """A small policy of a shipped kind, randomised; without a seed, as it starts training."""
     model = build(compose_model(kind, *small_overrides(kind), *overrides))
-    return randomise(model, seed)
+    return model if seed is None else randomise(model, seed)
 
 
 @torch.no_grad()
@@ -99,12 +98,3 @@ def small_flow(
         torch.randn(batch, samples, *chunk, generator=generator),
         torch.rand(batch, samples, generator=generator),
     )
-
-
-def changed(model: nn.Module, step: float = 1e-3) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields each parameter while it is moved a little."""
-    for name, parameter in model.named_parameters():
-        before = parameter.data.clone()
-        parameter.data += step
-        yield name, parameter
-        parameter.data = before

@@ -1,9 +1,11 @@
-"""Every test of this folder draws the same random numbers, whatever ran before."""
+"""Every test of this folder draws the same random numbers, and leaves other cores to others."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
