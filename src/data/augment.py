@@ -18,7 +18,6 @@ from pizero.data.hashing import uniform
 from pizero.types import UInt8
 
 DRAWS = 8  # per image: shift y, x; crop y, x; angle; brightness; contrast; saturation
-_LUMA = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
 
 
 class Augmentation:
@@ -93,14 +92,16 @@ class Augmentation:
         brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)
         pixels = images.float()
         if self.saturation:
-            grey = (pixels * _LUMA).sum(1, keepdim=True)
-            pixels = pixels.sub_(grey).mul_(saturation).add_(grey)
+            red, green, blue = pixels.unbind(1)
+            grey = (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).unsqueeze(1)
+            pixels = pixels.mul_(saturation).add_(grey.mul_(1 - saturation))
         if self.contrast:
             mean = pixels.mean((1, 2, 3), keepdim=True)
             offset = brightness * mean * (1 - contrast) + 0.5
         else:
             offset = torch.full_like(brightness, 0.5)  # makes truncation round
-        return torch.addcmul(offset, pixels, brightness * contrast).clamp_(0, 255).to(torch.uint8)
+        pixels = pixels.mul_(brightness * contrast).add_(offset).clamp_(0, 255)
+        return torch.from_numpy(pixels.numpy().astype(np.uint8))  # six times as fast as torch's
 
 
 def _shift(images: Tensor, moves: np.ndarray) -> Tensor:
