@@ -102,6 +102,8 @@ class EpisodeLog:
             return False
         header = json.loads(lines[0])
         if header["fingerprint"] != self.fingerprint:
+            if len(lines) == 1:
+                return False  # begun, but not one episode: nothing to mix
             raise ValueError(self._refusal(header))
         for line in lines[1:]:
             result = EpisodeResult(**json.loads(line))

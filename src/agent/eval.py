@@ -32,7 +32,7 @@ from pizero.agent.checkpoint import find_checkpoint
 from pizero.agent.config import build, to_yaml
 from pizero.agent.env.client import EnvClient
 from pizero.agent.episodes import Episode, EpisodeLog, EpisodeResult, write_atomically
-from pizero.agent.eval_progress import EvalProgress
+from pizero.agent.eval_progress import EvalProgress, logged_to
 from pizero.agent.films import FilmConfig, action_file, choose_films, film_episodes
 from pizero.agent.held_out import compare_with_expert
 from pizero.agent.machine import hardware, versions
@@ -113,19 +113,21 @@ class EvalWorkspace:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "config.yaml", to_yaml(config))
         checkpoint = find_checkpoint(config.checkpoint)
-        with ExitStack() as stack:
+        with logged_to(self.folder / "run.log"), ExitStack() as stack:
             workers = [stack.enter_context(self.launch()) for _ in range(config.workers)]
             world = workers[0].call("describe")
             episodes = plan_episodes(config, world)
             protocol = make_protocol(config, world, checkpoint)
-            record = EpisodeLog(self.folder / "episodes.jsonl", protocol=protocol)
             policies = self._policies(checkpoint, world)
+            record = EpisodeLog(self.folder / "episodes.jsonl", protocol=protocol)
+            write_atomically(self.folder / "config.yaml", to_yaml(config))
             timing = self._run(episodes, record, workers, policies, protocol["max_steps"])
-        results = [record.results[e.key] for e in episodes]
-        films = self._film(results, fps=world["control_hz"])
-        policy = policies[Weights.checkpoint.value]
+            stack.close()  # the workers' memory is better used by those that film
+            results = [record.results[e.key] for e in episodes]
+            films = self._film(results, fps=world["control_hz"])
+            policy = policies[Weights.checkpoint.value]
+            self._compare(policy, checkpoint)
         summary = {
             "name": config.name,
             "fingerprint": record.fingerprint,
@@ -141,7 +143,6 @@ class EvalWorkspace:
             "hardware": hardware(),
             "versions": versions(),
         }
-        self._compare(policy, checkpoint)
         write_atomically(self.folder / "results.json", json.dumps(summary, indent=1) + "\n")
         if config.report:
             write_report(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -15,8 +17,28 @@ from pizero.agent.scores import rate
 log = logging.getLogger(__name__)
 
 
+@contextmanager
+def logged_to(path: Path) -> Iterator[None]:
+    """What pizero logs goes to a file, and to the screen where no bars are in the way."""
+    logger = logging.getLogger("pizero")
+    before = logger.level
+    file, screen = logging.FileHandler(path), logging.StreamHandler()
+    file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+    screen.setLevel(logging.WARNING if Console().is_terminal else logging.INFO)
+    logger.setLevel(logging.INFO)
+    for handler in (file, screen):
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in (file, screen):
+            logger.removeHandler(handler)
+            handler.close()
+        logger.setLevel(before)
+
+
 class EvalProgress:
-    """Bars on a terminal; elsewhere one log line whenever a task of an arm is complete."""
+    """Bars on a terminal, and a log line whenever a task of an arm is complete."""
 
     def __init__(
         self,
@@ -67,7 +89,7 @@ class EvalProgress:
         """Counts a finished episode."""
         key = self._count(result)
         outcomes = self.outcomes[key]
-        if len(outcomes) == self.totals[key] and not self.console.is_terminal:
+        if len(outcomes) == self.totals[key]:
             score = rate(outcomes)
             log.info(
                 "%s, %s: %d of %d (%.0f %%, interval %.0f to %.0f %%)",

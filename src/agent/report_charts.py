@@ -42,6 +42,8 @@ def line_chart(
     if not ys:
         return ""
     left, right, top, bottom = 52, 20, 44, 34 if x_label else 22
+    # Over a small range a logarithmic axis has hardly a round number to mark.
+    log_y = log_y and max(ys) > 5 * min(ys)
     x_axis = _Axis.around(xs, start=left, stop=width - right)
     y_axis = _Axis.around(ys, start=height - bottom, stop=top, log=log_y)
     parts = [_open(width, height, title), _text(left - 44, 16, title, "title")]

@@ -96,10 +96,12 @@ figcaption { font-size: 13px; color: var(--soft); margin-top: 5px; }
 .chunks .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(168px, 1fr));
   gap: 6px; }
 .chunks img { width: 100%; border-radius: 6px; image-rendering: auto; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr));
-  gap: 8px 34px; }
+.facts { columns: 3 280px; column-gap: 36px; }
+.facts.whole { columns: 1; }
+.facts > div { break-inside: avoid; }
 .facts td { padding: 4px 10px 4px 0; font-size: 13.5px; }
 .facts td:first-child { color: var(--faint); white-space: nowrap; width: 42%; }
+.facts.whole td:first-child { width: 22%; }
 .facts td:last-child { overflow-wrap: anywhere; }
 details { margin-top: 12px; } summary { cursor: pointer; color: var(--soft); font-weight: 600;
   font-size: 14px; }
@@ -115,6 +117,24 @@ footer { color: var(--faint); font-size: 13px; margin-top: 26px; }
 @media print { body { background: #fff; } section, .tile { break-inside: avoid; } }
 """
 
+# Films play while they are in view; a click stops one. Without scripts they have buttons.
+SCRIPT = """
+if (!matchMedia("(prefers-reduced-motion: reduce)").matches) {
+  const show = ({ target, isIntersecting }) => {
+    if (isIntersecting && !target.dataset.held) target.play().catch(() => {}); else target.pause();
+  };
+  const watch = new IntersectionObserver((entries) => entries.forEach(show), { threshold: 0.4 });
+  document.querySelectorAll("video").forEach((video) => {
+    video.controls = false;
+    video.addEventListener("click", () => {
+      video.dataset.held = video.paused ? "" : "1";
+      if (video.paused) video.play(); else video.pause();
+    });
+    watch.observe(video);
+  });
+}
+"""
+
 
 def page(*, title: str, parts: Iterable[str]) -> str:
     """A whole offline document."""
@@ -123,7 +143,7 @@ def page(*, title: str, parts: Iterable[str]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(part for part in parts if part)
-        + "\n</main>\n</body>\n</html>\n"
+        + f"\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
 
 

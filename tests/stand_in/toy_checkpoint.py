@@ -1,4 +1,4 @@
-"""A checkpoint folder of the toy model with invented statistics, for tests that only need a policy."""
+"""A checkpoint folder of the toy model, for tests that only need some policy."""
 
 from __future__ import annotations
 

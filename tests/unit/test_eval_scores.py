@@ -110,6 +110,13 @@ def test_log_refuses_another_protocol_and_shows_both(tmp_path):
     assert len(path.read_text().splitlines()) == 2
 
 
+def test_a_log_without_episodes_may_change_its_protocol(tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    EpisodeLog(path, protocol={"act_steps": 9})
+    EpisodeLog(path, protocol={"act_steps": 2}).append(result())
+    assert list(EpisodeLog(path, protocol={"act_steps": 2}).results) == ["trained/push/0"]
+
+
 def test_fingerprint_ignores_the_order_of_keys():
     assert fingerprint({"a": 1, "b": {"c": 2, "d": 3}}) == fingerprint(
         {"b": {"d": 3, "c": 2}, "a": 1}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from stand_in.toy_checkpoint import write_toy_checkpoint
 
 import pizero
 from pizero.agent.policy import Policy, keyed_noise
-from stand_in.toy_checkpoint import write_toy_checkpoint
 
 
 @pytest.fixture(scope="module")
