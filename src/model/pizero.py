@@ -23,7 +23,7 @@ from pizero.model.flow import FlowPath, TimeSampler, euler_times
 from pizero.model.initialise import initialise
 from pizero.model.joint import JointModel
 from pizero.model.layout import Segment, TokenLayout, did_you_mean
-from pizero.model.mixture import MixtureModulation
+from pizero.model.mixture import Mixture, MixtureModulation
 from pizero.model.positions import PositionRule
 from pizero.model.vision import VisionTower
 from pizero.types import Bool, Float, Observation, Tensor
@@ -80,21 +80,14 @@ class PiZero(nn.Module):
         action: str = "action",
     ) -> None:
         super().__init__()
-        for name in (vlm, action, *(s.expert for s in (streams or {}).values())):
-            if name not in joint.mixtures:
-                raise ValueError(f"no mixture {name!r}{did_you_mean(name, joint.mixtures)}")
+        prefix = {"image": vlm, "text": vlm, **{n: s.expert for n, s in (streams or {}).items()}}
+        if state_dim is not None:
+            prefix["state"] = action
+        _check_experts(dict(joint.mixtures.items()), prefix, action)
+        self.stop_grad = tuple((q, k) for q, k in stop_grad)
+        _check_edges(self.stop_grad, (*prefix, "action"))
         vlm_width, action_width = joint.mixtures[vlm].width, joint.mixtures[action].width
         adaptive = joint.mixtures[action].cond_dim is not None
-        if adaptive and state_dim is not None:
-            raise ValueError(
-                f"state_dim is {state_dim} but expert {action!r} has adaptive norms, which would "
-                "make its state depend on the flow time: leave state_dim null and put the state "
-                "in the prompt"
-            )
-        if action_width % 2:
-            raise ValueError(
-                f"expert {action!r} needs an even width to embed time, got {action_width}"
-            )
         self.vision = vision
         self.projector = nn.Linear(vision.width, vlm_width)
         self.embedding = nn.Embedding(vocab_size, vlm_width)
@@ -112,7 +105,6 @@ class PiZero(nn.Module):
         self.action_scale = action_width**scales.action
         self.action_clip = action_clip
         self.vlm, self.action = vlm, action
-        self.stop_grad = tuple((q, k) for q, k in stop_grad)
         initialise(self)
         self._freeze_unread()
 
@@ -227,7 +219,7 @@ class PiZero(nn.Module):
         feeds it."""
         modules: dict[str, list[nn.Module]] = {"vision": [self.vision, self.projector]}
         for name, mixture in self.joint.mixtures.items():
-            modules[name] = [mixture]
+            modules.setdefault(name, []).append(mixture)
         modules[self.vlm] += [self.embedding]
         modules[self.action] += [self.action_encoder, self.action_decoder]
         if self.state_encoder is not None:
@@ -305,3 +297,40 @@ class PiZero(nn.Module):
             if name != self.action:
                 for parameter in mixture.unread_parameters():
                     parameter.requires_grad_(False)
+
+
+def _check_experts(mixtures: Mapping[str, Mixture], prefix: Mapping[str, str], action: str) -> None:
+    """Each part of the prefix has an expert, and the flow time reaches the action expert alone."""
+    for name in (*prefix.values(), action):
+        if name not in mixtures:
+            raise ValueError(f"no mixture {name!r}{did_you_mean(name, mixtures)}")
+    width, cond_dim = mixtures[action].width, mixtures[action].cond_dim
+    if width % 2:
+        raise ValueError(f"expert {action!r} needs an even width to embed time, got {width}")
+    if cond_dim not in (None, width):
+        raise ValueError(
+            f"expert {action!r} has cond_dim {cond_dim}, but the flow time is embedded in its "
+            f"width, {width}"
+        )
+    for name, mixture in mixtures.items():
+        if name != action and mixture.cond_dim is not None:
+            raise ValueError(
+                f"expert {name!r} has adaptive norms (cond_dim {mixture.cond_dim}), but the flow "
+                f"time reaches {action!r} alone: leave its cond_dim null"
+            )
+    shared = [name for name, expert in prefix.items() if expert == action]
+    if cond_dim is not None and shared:
+        raise ValueError(
+            f"expert {action!r} has adaptive norms, which would make its {shared[0]} depend on the "
+            "flow time: give that an expert of its own, or (the state) leave state_dim null and "
+            "put the state in the prompt"
+        )
+
+
+def _check_edges(stop_grad: Iterable[tuple[str, str]], segments: Sequence[str]) -> None:
+    """Edges name segments that exist: a misspelt one would stop nothing."""
+    for edge in stop_grad:
+        for name in edge:
+            if name not in segments:
+                hint = did_you_mean(name, segments)
+                raise ValueError(f"stop_grad edge {list(edge)} names no segment: {name!r}{hint}")

@@ -130,7 +130,8 @@ class ConvTower(VisionTower):
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n tokens width"]:
         check_image_size(images, self.image_size)
         # channels last: a third faster on CPUs, no slower on GPUs
-        images = images.to(self.position_embedding.dtype, memory_format=torch.channels_last)
+        dtype = next(self.stages.parameters()).dtype
+        images = images.to(dtype, memory_format=torch.channels_last)
         x = self.stages(images)
         return rearrange(x, "n d h w -> n (h w) d") + self.position_embedding
 
