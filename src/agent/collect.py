@@ -127,7 +127,7 @@ class CollectWorkspace:
                     completed=len(jobs) - len(todo),
                     failed=len(dropped),
                 )
-                for job, episode in played:
+                for number, (job, episode) in enumerate(played, start=len(jobs) - len(todo) + 1):
                     if episode["success"]:
                         writer.add_episode(job.split, _steps(episode), _metadata(job), key=job.key)
                     else:
@@ -135,6 +135,8 @@ class CollectWorkspace:
                         with failed.open("a") as file:
                             file.write(job.key + "\n")
                     progress.update(bar, advance=1, failed=len(dropped))
+                    if not self._console.is_terminal and number % 50 == 0:
+                        print(f"{number} of {len(jobs)} demonstrations", file=sys.stderr)
             counts = _counts(jobs, set(writer.keys()))
             writer.finish()
         seconds = round(time.monotonic() - began, 1)

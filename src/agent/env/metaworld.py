@@ -257,14 +257,23 @@ class _Scene:
         self._painter = Painter(self._env.model, max_size=picture_size)
 
     def reset(self, pool: str, start: int) -> None:
+        import mujoco
+
         self._env._last_rand_vec = self._start_vector(pool, start)
-        self.observation, _ = self._env.reset()
+        self._env.reset()
+        # Metaworld moves the scene's bodies last and mostly forgets to work out where that puts them:
+        # the first observation and picture would show the previous episode's scene.
+        mujoco.mj_forward(self._env.model, self._env.data)
+        self._env.data.qacc_warmstart[:] = 0.0
+        self._env._prev_obs = self._env._get_curr_obs_combined_no_goal()
+        self.observation = self._env._get_obs()
         self.steps = 0
         self._info_success = False
 
     def step(self, action: np.ndarray) -> bool:
         """One control step; whether the task's test holds after it."""
         action = np.clip(action, -1.0, 1.0).astype(np.float32)
+        info = {}
         for _ in range(HOLD):
             self.observation, _, _, _, info = self._env.step(action)
         self.steps += 1

@@ -23,7 +23,9 @@ _MAX_BYTES = 1 << 31
 
 def pack(message: Any) -> bytes:
     """A message as bytes. Refuses what is not plain data."""
-    return msgpack.packb(message, default=_encode, use_bin_type=True)
+    data = msgpack.packb(message, default=_encode, use_bin_type=True)
+    assert data is not None
+    return data
 
 
 def unpack(data: bytes) -> Any:

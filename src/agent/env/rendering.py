@@ -86,7 +86,7 @@ class Painter:
 
     _context: Any = None
 
-    def __init__(self, model: Any, *, max_size: int, hulls: bool = True) -> None:
+    def __init__(self, model: Any, *, max_size: int) -> None:
         mujoco = self._mujoco = _mujoco()
         self._model = model
         model.vis.quality.offsamples = 0
@@ -98,10 +98,9 @@ class Painter:
             self._scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{flag}")] = 0
         self._option = mujoco.MjvOption()
         # The gripper's base has 12,000 faces; its hull looks the same from a few pixels.
-        self._option.flags[mujoco.mjtVisFlag.mjVIS_CONVEXHULL] = hulls
+        self._option.flags[mujoco.mjtVisFlag.mjVIS_CONVEXHULL] = True
         self._perturbation = mujoco.MjvPerturb()
         self._drawing = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._drawing)
 
     def draw(self, data: Any, slot: str, size: int, supersample: int) -> np.ndarray:
         """The picture of one camera, uint8 [size size 3]."""
@@ -121,6 +120,8 @@ class Painter:
         large = size * supersample
         rectangle = mujoco.MjrRect(0, 0, large, large)
         pixels = np.empty((large, large, 3), dtype=np.uint8)
+        # Each time: OpenGL may still be drawing into, and reading from, another painter's buffer.
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._drawing)
         mujoco.mjr_render(rectangle, self._scene, self._drawing)
         mujoco.mjr_readPixels(pixels, None, rectangle, self._drawing)
         return shrink(pixels[::-1], supersample)  # OpenGL's first row is the lowest
