@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -196,8 +197,8 @@ def _step(model: PiZero, optimizer: torch.optim.Optimizer, batch: Batch, arm: Ar
     stamps.append(_stamp(batch.actions.device))
     if not isinstance(stamps[0], float):
         stamps[-1].synchronize()
-        return [a.elapsed_time(b) for a, b in zip(stamps, stamps[1:], strict=False)]
-    return [1e3 * (b - a) for a, b in zip(stamps, stamps[1:], strict=False)]
+        return [a.elapsed_time(b) for a, b in pairwise(stamps)]
+    return [1e3 * (b - a) for a, b in pairwise(stamps)]
 
 
 def _loss(model: PiZero, batch: Batch, arm: Arm) -> torch.Tensor:
