@@ -4,7 +4,8 @@ While a collection runs, episodes are appended to one part file per split, each 
 that is killed loses at most the episode it was writing: opening the writer again on the same
 directory cuts off the torn tail, and `key in writer` tells what is there already. `finish` then
 orders the episodes by key, so the result does not depend on the order in which they arrived, and
-writes shards, `features.json` and last `dataset_info.json`, which marks the dataset as complete.
+writes shards, `features.json`, the keys (`episodes.json`) and last `dataset_info.json`, which marks
+the dataset as complete.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pizero.data.rlds.spec import DatasetSpec, FeatureSpec, unknown_key
 from pizero.data.rlds.tfrecord import FOOTER_BYTES, HEADER_BYTES, frame_record
 
 PARTS = ".parts"
+METADATA = "episode_metadata"
 
 
 class RldsWriter:
@@ -60,10 +62,14 @@ class RldsWriter:
         self.splits, self.shards, self.image_quality = tuple(splits), shards, image_quality
         self.spec = DatasetSpec.from_flat(features)
         self._parts = self.path / PARTS
-        self._entries: dict[str, dict[str, Any]] = {}
+        self._entries: dict[str, dict[str, Any]] = {}  # split, offset and size by key
         self._files: dict[str, Any] = {}
         self.is_finished = (self.path / "dataset_info.json").exists()
-        if not self.is_finished:
+        if self.is_finished:
+            listed = self.path / "episodes.json"  # absent where another program wrote the dataset
+            stored = json.loads(listed.read_text()) if listed.exists() else {}
+            self._entries = {k: {"split": split} for split in stored for k in stored[split]}
+        else:
             self._parts.mkdir(parents=True, exist_ok=True)
             try:
                 self._take_lock()
@@ -92,7 +98,8 @@ class RldsWriter:
         `steps` maps flat or nested keys below `steps/` to T values: uint8 arrays [T h w 3] or lists
         of encoded bytes for images, a string or T strings for text, arrays [T ...] or one scalar
         for numbers. `is_first` and `is_last` are filled in. `metadata` gives the keys below
-        `episode_metadata/`. Without `key`, episodes are numbered.
+        `episode_metadata/`, or full keys of other episode features. Without `key`, episodes are
+        numbered.
         """
         if self.is_finished:
             raise ValueError(f"{self.path} is finished; write to another version to add episodes")
@@ -115,6 +122,8 @@ class RldsWriter:
             return self.path
         splits = [self._write_split(split) for split in self.splits]
         _write_json(self.path / "features.json", self.spec.to_json())
+        stored = {split: self.keys(split) for split in self.splits}  # in the order of the records
+        _write_json(self.path / "episodes.json", stored)
         info = {
             "fileFormat": "tfrecord",
             "moduleName": "pizero.data.rlds.writer",
@@ -213,7 +222,8 @@ class RldsWriter:
             if key not in filled:
                 raise ValueError(f"steps/{key}: expected {spec}, got nothing")
             features[f"steps/{key}"] = self._encode_steps(f"steps/{key}", spec, filled[key], length)
-        named = {f"episode_metadata/{k}": v for k, v in metadata.items()}
+        known = self.spec.episode
+        named = {k if k in known else f"{METADATA}/{k}": v for k, v in metadata.items()}
         for key in named:
             if key not in self.spec.episode:
                 raise unknown_key(key, self.spec.episode, where="the episode features")

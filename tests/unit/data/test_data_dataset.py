@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rlds_demo import FEATURES, LENGTHS, episode_steps, open_demo
 
-from pizero.data import CorruptRecordError, RldsDataset, RldsWriter, decode_image
+from pizero.data import CorruptRecordError, FeatureSpec, RldsDataset, RldsWriter, decode_image
 
 
 def test_every_frame_is_the_one_it_should_be(demo):
@@ -61,6 +61,53 @@ def test_keys_are_concatenated_in_order(demo_path):
     assert sample["actions"][0].tolist() == [2.5, 1.5, 0.5, 0.5, 0.5]
     assert sample["state"][0].tolist() == [0.5, 2.5, 1.5, 0.5, 0.5]
     assert open_demo(demo_path, state=None).read(0)["state"].shape == (1, 0)
+
+
+def test_a_dataset_with_the_keys_of_rt1(tmp_path):
+    features = {
+        "steps/observation/image": FeatureSpec.image(8, 10),
+        "steps/observation/natural_language_instruction": FeatureSpec.text(),
+        "steps/observation/base_pose_tool_reached": FeatureSpec.tensor((7,)),
+        "steps/observation/natural_language_embedding": FeatureSpec.tensor((512,)),
+        "steps/observation/workspace_bounds": FeatureSpec.tensor((3, 3)),
+        "steps/action/world_vector": FeatureSpec.tensor((3,)),
+        "steps/action/rotation_delta": FeatureSpec.tensor((3,)),
+        "steps/action/gripper_closedness_action": FeatureSpec.tensor((1,)),
+        "steps/action/terminate_episode": FeatureSpec.tensor((3,), "int32"),
+        "aspects/success": FeatureSpec.scalar("bool"),
+        "attributes/location_name": FeatureSpec.text(),
+    }
+    writer = RldsWriter(tmp_path, name="rt1", features=features, splits=("train",))
+    for episode in range(3):
+        steps = {
+            key.removeprefix("steps/"): np.full((2, *spec.shape), episode * 10 + i, spec.dtype)
+            for i, (key, spec) in enumerate(features.items())
+            if spec.kind == "tensor" and key.startswith("steps/")
+        }
+        steps["observation/image"] = np.zeros((2, 8, 10, 3), np.uint8)
+        steps["observation/natural_language_instruction"] = "pick it"
+        metadata = {"aspects": {"success": episode != 1}, "attributes/location_name": "desk"}
+        writer.add_episode("train", steps, metadata)
+    dataset = RldsDataset(
+        path=writer.finish(),
+        split="train",
+        cameras={"primary": "observation/image"},
+        state=["observation/base_pose_tool_reached", "observation/workspace_bounds"],
+        action=[
+            f"action/{key}"
+            for key in ("world_vector", "rotation_delta", "gripper_closedness_action")
+        ],
+        text="observation/natural_language_instruction",
+        horizon=2,
+        episodes={"aspects/success": True},
+    )
+    assert dataset.episodes.tolist() == [0, 2]
+    sample = dataset.read(2)
+    assert sample["actions"].tolist() == [[25, 25, 25, 26, 26, 26, 27]] * 2
+    assert sample["state"][0].tolist() == [22] * 7 + [24] * 9
+    assert sample["images"]["primary"].shape == (8, 10, 3)
+    with pytest.raises(ValueError, match="'observation/natural_language_embedding' is not in the"):
+        dataset.index.step_values("observation/natural_language_embedding")
 
 
 @pytest.mark.parametrize(

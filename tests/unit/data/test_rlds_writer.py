@@ -122,6 +122,8 @@ def test_a_finished_dataset_stays_as_it_is(demo_path):
     writer = RldsWriter(demo_path.parents[1], name="demo", features=FEATURES)
     assert writer.is_finished
     assert writer.finish() == demo_path
+    assert writer.keys("val") == [f"val {i:03d}" for i in range(len(LENGTHS))]
+    assert "train 003" in writer
     with pytest.raises(ValueError, match=r"is finished; write to another version"):
         writer.add_episode("train", episode_steps(0, 1), METADATA)
     assert _bytes(demo_path) == before
