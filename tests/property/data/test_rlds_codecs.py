@@ -11,18 +11,19 @@ from pizero.data import Normalizer, Statistics
 from pizero.data.rlds.example import decode_varints, encode_example, encode_varints, parse_example
 from pizero.data.rlds.tfrecord import _TABLE_LIST, crc32c, frame_record, scan_records
 
-settings.register_profile("data", deadline=None, max_examples=25)
-settings.load_profile("data")
+quick = settings(deadline=None, max_examples=25)
 
 int64s = npst.arrays(np.int64, st.integers(0, 50), elements=st.integers(-(2**63), 2**63 - 1))
 finite = st.floats(-1e3, 1e3)
 
 
+@quick
 @given(int64s)
 def test_varints(values):
     np.testing.assert_array_equal(decode_varints(encode_varints(values)), values)
 
 
+@quick
 @given(
     st.dictionaries(
         st.text(max_size=200),
@@ -43,6 +44,7 @@ def test_examples(features):
             np.testing.assert_array_equal(got, value)
 
 
+@quick
 @given(st.binary(max_size=700), st.integers(0, 6))
 def test_crc_equals_the_bytewise_one(piece, repeat):
     data = piece * (repeat + 1)
@@ -52,6 +54,7 @@ def test_crc_equals_the_bytewise_one(piece, repeat):
     assert crc32c(data) == crc ^ 0xFFFFFFFF
 
 
+@quick
 @given(st.lists(st.binary(max_size=600), max_size=5))
 def test_records(payloads):
     data = b"".join(map(frame_record, payloads))
@@ -59,6 +62,7 @@ def test_records(payloads):
     assert [data[start : start + size] for start, size in spans] == payloads
 
 
+@quick
 @given(
     values=npst.arrays(np.float64, st.tuples(st.integers(1, 30), st.just(3)), elements=finite),
     x=npst.arrays(np.float64, (4, 3), elements=finite),

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from pizero.data.hashing import mix_bits
 from pizero.data.sampler import Order, permute, rank_samples
 
-settings.register_profile("data", deadline=None, max_examples=40)
-settings.load_profile("data")
+quick = settings(deadline=None, max_examples=40)
 
 seeds = st.integers(0, 2**31)
 
 
+@quick
 @given(size=st.integers(1, 3000), key=seeds)
 def test_permute_is_a_bijection(size, key):
     assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))
@@ -47,6 +47,7 @@ def test_permute_takes_sizes_and_keys_per_entry():
     assert mixed[3:].tolist() == permute(np.arange(2), 2, 9).tolist()
 
 
+@quick
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=5),
     seed=seeds,
@@ -59,6 +60,7 @@ def test_a_round_is_every_frame_once(sizes, seed, first_round):
     assert pairs == [(s, f) for s, size in enumerate(sizes) for f in range(size)]
 
 
+@quick
 @given(
     sizes=st.lists(st.integers(1, 500), min_size=2, max_size=6),
     seed=seeds,
@@ -78,6 +80,7 @@ def test_weights_hold_exactly_in_a_round(sizes, seed, data):
         assert uses.max() - uses.min() <= 1
 
 
+@quick
 @given(
     seed=seeds,
     first=st.integers(0, 10**9),
@@ -97,6 +100,7 @@ def test_ranks_are_disjoint_and_complete(seed, first, world, accumulate):
         )
 
 
+@quick
 @given(seed=seeds, number=st.integers(0, 2**40))
 def test_order_is_a_function_of_seed_and_number(seed, number):
     order = Order([37, 12], seed=seed, weights=[2, 1])
