@@ -30,7 +30,13 @@ import numpy as np
 from pizero.agent.env.base import unknown_name
 from pizero.agent.env.metaworld_experts import expert_for
 from pizero.agent.env.metaworld_tasks import TASKS, TaskSpec
-from pizero.agent.env.rendering import Painter, cameras_from, choose_gl, place_camera
+from pizero.agent.env.rendering import (
+    Painter,
+    cameras_from,
+    choose_gl,
+    load_mujoco,
+    place_camera,
+)
 
 POOLS = ("demo", "eval")
 HOLD = 4  # simulator steps per control step: 80 Hz / 4 = 20 Hz
@@ -257,13 +263,11 @@ class _Scene:
         self._painter = Painter(self._env.model, max_size=picture_size)
 
     def reset(self, pool: str, start: int) -> None:
-        import mujoco
-
         self._env._last_rand_vec = self._start_vector(pool, start)
         self._env.reset()
-        # Metaworld moves the scene's bodies last and mostly forgets to work out where that puts them:
+        # Metaworld moves the scene's bodies last and mostly does not work out where that puts them:
         # the first observation and picture would show the previous episode's scene.
-        mujoco.mj_forward(self._env.model, self._env.data)
+        load_mujoco().mj_forward(self._env.model, self._env.data)
         self._env.data.qacc_warmstart[:] = 0.0
         self._env._prev_obs = self._env._get_curr_obs_combined_no_goal()
         self.observation = self._env._get_obs()

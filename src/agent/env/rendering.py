@@ -69,7 +69,7 @@ def place_camera(
     model: Any, slot: str, camera: Camera, hand_axes: np.ndarray | None = None
 ) -> None:
     """Move the model's camera `slot` there. `hand_axes`: the hand's axes in the world (columns)."""
-    mujoco = _mujoco()
+    mujoco = load_mujoco()
 
     turn = np.eye(3) if hand_axes is None else hand_axes.T
     index = model.camera(slot).id
@@ -87,7 +87,7 @@ class Painter:
     _context: Any = None
 
     def __init__(self, model: Any, *, max_size: int) -> None:
-        mujoco = self._mujoco = _mujoco()
+        mujoco = self._mujoco = load_mujoco()
         self._model = model
         model.vis.quality.offsamples = 0
         model.vis.global_.offwidth = model.vis.global_.offheight = max_size
@@ -132,7 +132,7 @@ class Painter:
         if cls._context is not None:
             return
         try:
-            context = _mujoco().GLContext(64, 64)
+            context = load_mujoco().GLContext(64, 64)
             context.make_current()
         except Exception as error:
             gl = os.environ.get("MUJOCO_GL", "")
@@ -163,7 +163,7 @@ def cameras_from(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Camera]:
     return cameras
 
 
-def _mujoco() -> Any:
+def load_mujoco() -> Any:
     """Imported late, since that settles how to render; the module has no types to check against."""
     import mujoco
 

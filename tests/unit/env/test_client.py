@@ -74,7 +74,7 @@ def test_a_timeout_can_be_waited_for_again():
 def test_the_users_mistakes_come_back_as_value_errors(client):
     with pytest.raises(ValueError, match="start must be 0 or more, got -1"):
         client.call("reset", task="lift", start=-1)
-    with pytest.raises(ValueError, match="unknown method 'rest' .did you mean 'reset'"):
+    with pytest.raises(ValueError, match=r"unknown method 'rest' .did you mean 'reset'"):
         client.call("rest")
     with pytest.raises(RuntimeError, match=r"failed in 'run': TypeError(.|\n)*Traceback"):
         client.call("run")
@@ -84,12 +84,12 @@ def test_the_users_mistakes_come_back_as_value_errors(client):
 def test_a_simulator_that_cannot_be_built():
     with (
         EnvClient.launch(simulator="metawrld") as client,
-        pytest.raises(ValueError, match="unknown simulator 'metawrld' .did you mean 'metaworld'"),
+        pytest.raises(ValueError, match=r"unknown simulator 'metawrld' .did you mean 'metaworld'"),
     ):
         client.call("describe")
     with (
         EnvClient.launch(simulator=WORLD, options={"speed": 1}) as client,
-        pytest.raises(RuntimeError, match="failed in 'start': TypeError.*speed"),
+        pytest.raises(RuntimeError, match=r"failed in 'start': TypeError.*speed"),
     ):
         client.call("describe")
 
@@ -107,7 +107,7 @@ def test_a_dead_worker_is_told_with_its_last_words():
 def test_an_interpreter_that_is_none(tmp_path):
     with pytest.raises(ValueError, match=r"cannot start the interpreter '.*nothing'"):
         EnvClient.launch(simulator=WORLD, python=str(tmp_path / "nothing"))
-    with pytest.raises(WorkerDied, match="ended before it connected .exit status 1"):
+    with pytest.raises(WorkerDied, match=r"ended before it connected .exit status 1"):
         EnvClient.launch(simulator=WORLD, python="/bin/false")
 
 

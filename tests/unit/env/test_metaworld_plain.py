@@ -41,9 +41,9 @@ def test_seeds_never_coincide_between_pools_scenes_and_starts():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="unknown task 'pusch' .did you mean 'push'"):
+    with pytest.raises(ValueError, match=r"unknown task 'pusch' .did you mean 'push'"):
         simulator(tasks=["pusch"])
-    with pytest.raises(ValueError, match="max_steps must be 1..100.*got 101"):
+    with pytest.raises(ValueError, match=r"max_steps must be 1..100.*got 101"):
         simulator(max_steps=101)
     with pytest.raises(ValueError, match="at least one camera"):
         simulator(cameras={})
@@ -51,7 +51,7 @@ def test_mistakes_are_named():
         simulator(cameras={name: CAMERA | {"on_hand": True} for name in "abc"})
     with pytest.raises(ValueError, match="unknown task 'reach'"):
         simulator().reset(task="reach", start=0)
-    with pytest.raises(ValueError, match="unknown pool 'evel' .did you mean 'eval'"):
+    with pytest.raises(ValueError, match=r"unknown pool 'evel' .did you mean 'eval'"):
         simulator().reset(task="push", start=0, pool="evel")
     with pytest.raises(ValueError, match="reset comes before run"):
         simulator().run(actions=np.zeros((1, 4)))

@@ -38,7 +38,7 @@ def test_a_camera_without_a_direction_is_refused():
 
 
 def test_a_misspelt_camera_key_is_named():
-    with pytest.raises(ValueError, match="camera 'corner'.*fov"):
+    with pytest.raises(ValueError, match=r"camera 'corner'.*fov"):
         cameras_from({"corner": {"position": [0, 0, 1], "target": [1, 0, 0], "fov": 40}})
 
 
@@ -53,5 +53,5 @@ def test_gl_follows_the_environment_then_what_is_there(monkeypatch):
     assert choose_gl(environment) == "egl"
     assert environment == {"MUJOCO_GL": "egl", "LP_NUM_THREADS": "1"}
     monkeypatch.setattr(rendering, "_loads", lambda name: False)
-    with pytest.raises(RuntimeError, match="libosmesa6.*libegl1 libegl-mesa0"):
+    with pytest.raises(RuntimeError, match=r"libosmesa6.*libegl1 libegl-mesa0"):
         choose_gl({})
