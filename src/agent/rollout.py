@@ -80,7 +80,7 @@ def run_episodes(
     policies: Mapping[str, Policy],
     settings: RolloutSettings,
     on_result: Callable[[EpisodeResult, np.ndarray], None],
-    batch_wait: float = 0.002,
+    batch_wait: float = 0.01,
     patience: float = 300.0,
 ) -> RolloutTiming:
     """Runs every episode and calls `on_result(result, actions [steps action_dim])` as each ends.
@@ -167,11 +167,14 @@ def _receive(
     batch_wait: float,
     patience: float,
 ) -> list[int]:
-    """Waits for the first reply, then briefly for more; returns the workers that have replied."""
+    """Waits for the first reply, then briefly for more; returns the workers that have replied.
+
+    Half of them are company enough: while the policy thinks for one half, the other half works.
+    """
     ready: list[int] = []
-    wait = patience
+    wait, deadline = patience, float("inf")
     while len(ready) < len(running):
-        events = selector.select(wait)
+        events = selector.select(max(0.0, wait))
         if not events:
             if not ready:
                 busy = ", ".join(r.episode.key for r in running.values())
@@ -183,7 +186,8 @@ def _receive(
             index = key.data
             _absorb(running[index], workers[index].result(), settings)
             ready.append(index)
-        wait = batch_wait
+        deadline = min(deadline, time.perf_counter() + batch_wait)
+        wait = deadline - time.perf_counter() if 2 * len(ready) < len(running) else 0.0
     return ready
 
 
