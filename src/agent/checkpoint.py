@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,7 @@ def save_checkpoint(
             "pipeline": nodes["pipeline"],
             "files": {name: _digest(folder / name) for name in FILES if (folder / name).exists()},
             "data": dict(data),
-            "versions": versions(),
+            "versions": _versions(),
         }
         (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
         for path in (*folder.rglob("*"), folder):
@@ -294,6 +295,12 @@ def _force_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Asking git takes a while, and the code that runs stays what it was when it was loaded."""
+    return versions()
 
 
 def _digest(path: Path) -> str | None:

@@ -6,7 +6,7 @@ So a batch gets the same draws on any rank, in any worker, after any restart.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from pizero.types import Float, Int, Tensor
 STREAM = 0x6E6F697365  # keeps these draws apart from those of augmentation and order
 
 
+@runtime_checkable
 class TimeSampler(Protocol):
     """What draws flow times; the model brings it."""
 

@@ -180,6 +180,6 @@ def duration(seconds: float) -> str:
 
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError):
         return float("inf")  # the half-written last line of a killed process

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class Example:
     recorded: np.ndarray
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Where else the metrics go."""
 
