@@ -87,6 +87,7 @@ class EvalConfig:
     act_steps: int
     max_steps: int | None
     num_steps: int
+    noise_scale: float
     seed: int
     device: str
     threads: int | None
@@ -161,6 +162,7 @@ class EvalWorkspace:
                 checkpoint,
                 device=config.device,
                 num_steps=config.num_steps,
+                noise_scale=config.noise_scale,
                 weights=weights.value,
                 seed=config.seed,
             )
@@ -297,6 +299,7 @@ def make_protocol(config: EvalConfig, world: Mapping[str, Any], checkpoint: Path
         "act_steps": config.act_steps,
         "max_steps": min(config.max_steps or world["max_steps"], world["max_steps"]),
         "num_steps": config.num_steps,
+        "noise_scale": config.noise_scale,
         "seed": config.seed,
         "checkpoint": digest(checkpoint / "model.safetensors"),
     }
@@ -348,6 +351,7 @@ def describe_model(policy: Policy) -> dict[str, Any]:
         "segments": [asdict(s) for s in (prefix + model.suffix_layout()).segments],
         "horizon": model.horizon,
         "num_steps": policy.num_steps,
+        "noise_scale": policy.noise_scale,
     }
 
 

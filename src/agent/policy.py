@@ -29,14 +29,24 @@ DEFAULT_NUM_STEPS = 10
 class Policy:
     """A model and its pipeline, ready to act.
 
-    `num_steps` is the number of Euler steps of a decision. The model's weights decide the device.
+    `num_steps` is the number of Euler steps of a decision. `noise_scale` shrinks the noise that a
+    decision starts from: 1 samples the learnt distribution, 0 follows its middle, which aims better
+    where there is one way to do the task. The model's weights decide the device.
     """
 
     def __init__(
-        self, model: PiZero, pipeline: PolicyPipeline, *, num_steps: int = DEFAULT_NUM_STEPS
+        self,
+        model: PiZero,
+        pipeline: PolicyPipeline,
+        *,
+        num_steps: int = DEFAULT_NUM_STEPS,
+        noise_scale: float = 1.0,
     ) -> None:
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        if not 0.0 <= noise_scale <= 1.0:
+            raise ValueError(f"noise_scale must be in [0, 1], got {noise_scale}")
+        self.noise_scale = noise_scale
         self.model = model.eval()
         self.pipeline = pipeline
         self.num_steps = num_steps
@@ -60,10 +70,10 @@ class Policy:
 
         `images` maps every camera of the policy to uint8 [height width 3], or to None where the
         robot lacks it. Without `noise` the start of the flow is drawn from `generator` (a CPU
-        generator), or from torch's own.
+        generator), or from torch's own, and scaled by `noise_scale`; given noise is used as it is.
         """
         if noise is None:
-            noise = torch.randn(self.noise_shape, generator=generator)
+            noise = self.noise_scale * torch.randn(self.noise_shape, generator=generator)
         observation = {"images": images, "text": text, "state": state}
         return self.act_batch([observation], noise=noise[None])[0]
 
@@ -121,6 +131,7 @@ def load_policy(
     *,
     device: torch.device | str | None = None,
     num_steps: int = DEFAULT_NUM_STEPS,
+    noise_scale: float = 1.0,
     weights: Literal["checkpoint", "random"] = "checkpoint",
     seed: int = 0,
     packages: Sequence[str] = ("pizero",),
@@ -143,7 +154,7 @@ def load_policy(
         if weights == "random":
             torch.manual_seed(seed)
             model = build(config.model, path="model", packages=packages).to(device)
-    return Policy(model, pipeline, num_steps=num_steps)
+    return Policy(model, pipeline, num_steps=num_steps, noise_scale=noise_scale)
 
 
 def choose_device(device: torch.device | str | None = None) -> torch.device:

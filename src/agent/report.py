@@ -96,7 +96,12 @@ def _model_section(model: Mapping | None) -> str:
     rows.append([("name", "all"), ("number", f"<strong>{total:,}</strong>"), ("number quiet", "")])
     counts = table([("", "part"), ("number", "parameters"), ("number", "share")], rows)
     size = facts(
-        "", [("action chunk", f"{model['horizon']} steps"), ("Euler steps", model["num_steps"])]
+        "",
+        [
+            ("action chunk", f"{model['horizon']} steps"),
+            ("Euler steps", model["num_steps"]),
+            ("initial noise", f"{model['noise_scale']:g} of unit variance"),
+        ],
     )
     picture = sight_picture(model["segments"], styles=styles) + key(
         (styles[e], f"expert {e}") for e in experts
@@ -144,7 +149,7 @@ def _protocol_facts(results: Mapping) -> str:
     return facts(
         "Protocol",
         [
-            ("simulator", f"{protocol['simulator']} {protocol['simulator_version']}"),
+            ("simulator", f"{protocol['simulator']} ({protocol['simulator_version']})"),
             ("starts", f"pool {protocol['pool']!r}, the same for all arms"),
             *((f"arm {name}", _arm_words(arm)) for name, arm in protocol["arms"].items()),
             ("actions executed of a chunk", protocol["act_steps"]),

@@ -236,7 +236,7 @@ def _decide(policy: Policy, runs: Sequence[_Running], seed: int) -> np.ndarray:
             }
         )
         key = (seed, run.episode.task, run.episode.start, run.decisions)
-        noise.append(keyed_noise(policy.noise_shape, *key))
+        noise.append(policy.noise_scale * keyed_noise(policy.noise_shape, *key))
     return policy.act_batch(observations, noise=torch.stack(noise))
 
 

@@ -95,6 +95,15 @@ def test_wrong_state_text_noise_and_steps(policy):
         policy.act(**observation(0), noise=torch.zeros(3, 4))
     with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
         Policy(policy.model, policy.pipeline, num_steps=0)
+    with pytest.raises(ValueError, match=r"noise_scale must be in \[0, 1\], got 2"):
+        Policy(policy.model, policy.pipeline, noise_scale=2)
+
+
+def test_without_noise_every_decision_is_the_same(policy):
+    still = Policy(policy.model, policy.pipeline, num_steps=3, noise_scale=0.0)
+    zeros = policy.act(**observation(0), noise=torch.zeros(policy.noise_shape))
+    np.testing.assert_array_equal(still.act(**observation(0)), zeros)
+    assert np.abs(policy.act(**observation(0)) - zeros).max() > 1e-3
 
 
 def test_wrong_folder_and_weights(folder, tmp_path):
