@@ -1,1 +1,1 @@
-"""The agent: everything with a run folder (collecting, training, driving) and the simulators it drives."""
+"""The agent: everything with a run folder (collecting, training, driving), and the simulators."""
