@@ -98,7 +98,8 @@ figcaption { font-size: 13px; color: var(--soft); margin-top: 5px; }
 .chunks img { width: 100%; border-radius: 6px; image-rendering: auto; }
 .facts { columns: 3 280px; column-gap: 36px; }
 .facts.whole { columns: 1; }
-.facts > div { break-inside: avoid; }
+.facts > div { break-inside: avoid; padding-top: 14px; }
+.facts h3 { margin-top: 0; }
 .facts td { padding: 4px 10px 4px 0; font-size: 13.5px; }
 .facts td:first-child { color: var(--faint); white-space: nowrap; width: 42%; }
 .facts.whole td:first-child { width: 22%; }

@@ -178,6 +178,8 @@ def video_section(results: Mapping, folder: Path) -> str:
 
 def _figure(film: Mapping, path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
+    still = path.with_suffix(".jpg")
+    poster = f'poster="{_picture(still)}" ' if still.is_file() else ""
     mark = (
         '<span class="mark good">success</span>'
         if film["success"]
@@ -189,10 +191,14 @@ def _figure(film: Mapping, path: Path) -> str:
         named = f"; {did} what the words asked ({escape(film['named_task'])})"
         mark = "scene's goal: " + mark
     return (
-        '<figure><video controls loop muted playsinline preload="metadata" '
+        f'<figure><video controls loop muted playsinline preload="none" {poster}'
         f'src="data:video/mp4;base64,{data}"></video><figcaption>{escape(film["task"])}, start '
         f"{film['start']}: {mark}{named}</figcaption></figure>"
     )
+
+
+def _picture(path: Path) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def _rule_words(rule: str) -> str:

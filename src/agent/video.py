@@ -33,7 +33,7 @@ def write_video(
     missed: bool,
     fps: float,
 ) -> None:
-    """Writes `frames` (uint8 [h w 3]) as an mp4 with a caption.
+    """Writes `frames` (uint8 [h w 3]) as an mp4 with a caption, and beside it its last as a .jpg.
 
     `reached[i]` says whether the goal has been reached by frame i; the rim is green from there on,
     and red on the held last frame of an episode that `missed`.
@@ -63,6 +63,8 @@ def write_video(
             picture = av.VideoFrame.from_ndarray(_framed(row, colour, caption), format="rgb24")
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
+    last = Image.fromarray(_framed(rows[-1], colours[-1], caption))
+    last.save(path.with_suffix(".jpg"), quality=80)
     os.replace(temporary, path)
 
 

@@ -81,6 +81,7 @@ def test_films_and_report(finished):
     for film in results["films"]:
         data = (finished / film["path"]).read_bytes()
         assert data[4:8] == b"ftyp"
+        assert (finished / film["path"]).with_suffix(".jpg").is_file()
     page = (finished / "report.html").read_text()
     assert page.count("<video") == len(results["films"])
     assert "http" not in page.split("</style>")[1]
