@@ -11,8 +11,8 @@ from bench import report
 from bench.invariants import GROUPS, Check
 from bench.workloads import WORKLOADS, Workload
 
-# A, B and D differ in sizes only: for what does not depend on sizes, one of them will do.
-STRUCTURE = ("calls", "waits", "graphs")
+# A, B and D are one policy in different sizes: one of them shows what no size can change.
+STRUCTURE = ("calls", "waits", "memory", "graphs")
 TYPICAL = ("B", "C")
 
 

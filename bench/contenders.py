@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
-from bench.workloads import Workload
-from pizero.model import Mixture, PiZero, SigLIP
+from bench.workloads import Workload, siglip
+from pizero.model import MixedActionEncoder, Mixture, PiZero, RMSNorm, SigLIP
 from pizero.types import Observation, Tensor
 
 Sample = Callable[[Observation, Tensor], Tensor]
@@ -102,7 +103,7 @@ def transformers_blocks(setting: Setting) -> Sample:
         raise Unavailable("transformers has pi0 but not pi0.5")
     device = setting.example[1].device
     with torch.device(device):
-        theirs = PI0ForConditionalGeneration(_transformers_config(model)).eval()
+        theirs: Any = PI0ForConditionalGeneration(_transformers_config(model)).eval()
     load_transformers(theirs, model)
     theirs.to(setting.dtype)
     # The time's frequencies are a buffer, which the cast has rounded.
@@ -112,6 +113,7 @@ def transformers_blocks(setting: Setting) -> Sample:
     num_image_tokens = workload.num_cameras * model.vision.num_tokens
 
     def call(observation: Observation, noise: Tensor) -> Tensor:
+        assert observation.state is not None
         rows = noise.shape[0]
         pictures = torch.full((rows, num_image_tokens), image_token, device=device)
         ids = torch.cat((pictures, observation.tokens), dim=1)
@@ -134,21 +136,22 @@ def transformers_blocks(setting: Setting) -> Sample:
 def lerobot(setting: Setting) -> Sample:
     """LeRobot's pi0 with the same weights, eager, at full size only: its sizes are fixed."""
     try:
-        from lerobot.policies.pi0.configuration_pi0 import PI0Config
-        from lerobot.policies.pi0.modeling_pi0 import PI0Pytorch
+        # Not a dependency: its pins exclude the versions of torch and transformers used here.
+        configuration: Any = import_module("lerobot.policies.pi0.configuration_pi0")
+        modeling: Any = import_module("lerobot.policies.pi0.modeling_pi0")
     except (ImportError, ValueError) as error:
         raise Unavailable(f"lerobot cannot be imported ({error})") from error
     model = setting.model
     if model.state_dim is None or model.joint.depth != 18:
         raise Unavailable("lerobot takes part in pi0 at full size only")
     device = setting.example[1].device
-    config = PI0Config(
+    config = configuration.PI0Config(
         chunk_size=model.horizon,
         n_action_steps=model.horizon,
         dtype="float32" if setting.dtype is torch.float32 else "bfloat16",
         device=str(device),
     )
-    theirs = PI0Pytorch(config).to(device).eval()
+    theirs = modeling.PI0Pytorch(config).to(device).eval()
     own = dict(theirs.named_parameters())
     for name, value in transformers_weights(model):
         for ours, their_prefix in (
@@ -163,6 +166,7 @@ def lerobot(setting: Setting) -> Sample:
         own[name].data.copy_(value)
 
     def call(observation: Observation, noise: Tensor) -> Tensor:
+        assert observation.state is not None
         images = observation.images.float() / 127.5 - 1
         present = torch.ones(len(images), dtype=torch.bool, device=device)
         return theirs.sample_actions(
@@ -217,12 +221,13 @@ def transformers_weights(model: PiZero) -> Iterator[tuple[str, Tensor]]:
     concatenated action and time, whose halves are our two mixes.
     """
     vlm, action = model.joint.mixtures[model.vlm], model.joint.mixtures[model.action]
-    yield from _siglip(model.vision, "model.vlm.vision_tower.")
+    yield from _siglip(siglip(model), "model.vlm.vision_tower.")
     yield from _linear(model.projector, "model.vlm.multi_modal_projector.linear.")
     yield "model.vlm.language_model.embed_tokens.weight", model.embedding.weight
     yield from _gemma(vlm, "model.vlm.language_model.")
     yield from _gemma(action, "model.dit.")
     encoder, e = model.action_encoder, "embed_action_time."
+    assert isinstance(encoder, MixedActionEncoder)
     yield from _linear(model.state_encoder, f"{e}state_proj.")
     yield from _linear(encoder.in_proj, f"{e}action_in_proj.")
     mixes = (encoder.action_mix.weight, encoder.time_mix.weight)
@@ -236,7 +241,7 @@ def transformers_weights(model: PiZero) -> Iterator[tuple[str, Tensor]]:
 def _gemma(mixture: Mixture, to: str) -> Iterator[tuple[str, Tensor]]:
     for i, block in enumerate(mixture.blocks):
         layer = f"{to}layers.{i}."
-        yield f"{layer}input_layernorm.weight", block.attention_norm.weight
+        yield f"{layer}input_layernorm.weight", _scale(block.attention_norm)
         k, v = block.kv_proj.weight.chunk(2)
         yield f"{layer}self_attn.k_proj.weight", k
         yield f"{layer}self_attn.v_proj.weight", v
@@ -245,12 +250,12 @@ def _gemma(mixture: Mixture, to: str) -> Iterator[tuple[str, Tensor]]:
         gate, up = block.gate_up_proj.weight.chunk(2)
         yield f"{layer}self_attn.q_proj.weight", block.q_proj.weight
         yield f"{layer}self_attn.o_proj.weight", block.o_proj.weight
-        yield f"{layer}post_attention_layernorm.weight", block.mlp_norm.weight
+        yield f"{layer}post_attention_layernorm.weight", _scale(block.mlp_norm)
         yield f"{layer}mlp.gate_proj.weight", gate
         yield f"{layer}mlp.up_proj.weight", up
         yield f"{layer}mlp.down_proj.weight", block.down_proj.weight
     if mixture.final_norm is not None:
-        yield f"{to}norm.weight", mixture.final_norm.weight
+        yield f"{to}norm.weight", _scale(mixture.final_norm)
 
 
 def _siglip(tower: SigLIP, to: str) -> Iterator[tuple[str, Tensor]]:
@@ -270,6 +275,11 @@ def _siglip(tower: SigLIP, to: str) -> Iterator[tuple[str, Tensor]]:
     yield from _linear(tower.final_norm, f"{to}post_layernorm.")
 
 
+def _scale(norm: nn.Module) -> Tensor:
+    assert isinstance(norm, RMSNorm)
+    return norm.weight
+
+
 def _linear(module: Any, to: str) -> Iterator[tuple[str, Tensor]]:
     yield f"{to}weight", module.weight
     yield f"{to}bias", module.bias
@@ -278,7 +288,9 @@ def _linear(module: Any, to: str) -> Iterator[tuple[str, Tensor]]:
 def _transformers_config(model: PiZero) -> Any:
     from transformers import PI0Config
 
-    tower, block = model.vision, model.vision.blocks[0]
+    assert model.state_dim is not None
+    tower = siglip(model)
+    block = tower.blocks[0]
     vision = {
         "model_type": "siglip_vision_model",
         "hidden_size": tower.width,
@@ -325,6 +337,5 @@ def _tensors(observation: Observation) -> list[Tensor]:
 
 def _clone(observation: Observation) -> Observation:
     values = {f.name: getattr(observation, f.name) for f in fields(observation)}
-    return Observation(
-        **{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-    )
+    tensors = {k: v.clone() for k, v in values.items() if isinstance(v, torch.Tensor)}
+    return replace(observation, **tensors)

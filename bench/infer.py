@@ -268,7 +268,7 @@ def _kernels(call: Callable[[], Tensor]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+    return sum(e.device_type.name == "CUDA" for e in profile.events() or ())
 
 
 def _upload(inputs: tuple[Observation, Tensor], device: torch.device) -> tuple[Observation, Tensor]:

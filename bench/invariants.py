@@ -167,11 +167,11 @@ def flops(workloads: Iterable[Workload], *, size: str = "full") -> list[Check]:
             noise = make_noise(model, batch=1, seed=0)
             if size == "full":
                 checks += _against_recipe(workload, model, observation, noise)
-            counted = count_flops(partial(model.sample, observation, noise, NUM_STEPS))
-        found = products(workload, model)
+            counted = count_flops(partial(model.sample, observation, noise, 2))
+        found = products(workload, model, num_steps=2)
         expected = sum(stage_flops(found, stage) for stage in STAGES)
-        why = f"every product of {NUM_STEPS} steps, none wasted"
-        checks.append(exact("FLOPs", f"{workload.name} whole call", counted, expected, why))
+        name = f"{workload.name} call of two steps"
+        checks.append(exact("FLOPs", name, counted, expected, "every product, none wasted"))
     return checks
 
 
@@ -211,7 +211,7 @@ def calls(workloads: Iterable[Workload]) -> list[Check]:
     for workload in workloads:
         with FakeTensorMode():
             model, batch = _small(workload)
-            for name, run, suffixes in _both(model, batch, samples=4):
+            for name, run, suffixes in _both(model, batch, samples=4, steps=NUM_STEPS):
                 with counted_calls(model.vision) as seen, counted_calls(model.joint) as joint:
                     run()
                 prefixes = [args for args, kwargs in joint if kwargs.get("cache") is None]
@@ -242,7 +242,7 @@ def waits(workloads: Iterable[Workload]) -> list[Check]:
             )
             for kind, observation in (("", batch.observation), (", masked", masked)):
                 varied = replace(batch, observation=observation)
-                for name, run, _ in _both(model, varied, samples=2):
+                for name, run, _ in _both(model, varied, samples=2, steps=2):
                     syncs = count_operations(run).syncs
                     why = ", ".join(f"{n} x {count}" for n, count in syncs.items())
                     name = f"{workload.name} {name}{kind}"
@@ -288,13 +288,15 @@ def _small(workload: Workload, depth: int | None = None) -> tuple[PiZero, Batch]
     return model, make_batch(workload, model, batch=2, seed=0)
 
 
-def _both(model: PiZero, batch: Batch, *, samples: int) -> list[tuple[str, Callable, int]]:
+def _both(
+    model: PiZero, batch: Batch, *, samples: int, steps: int
+) -> list[tuple[str, Callable, int]]:
     """Sampling and loss: name, call, and how often the suffix should run."""
     noise = make_noise(model, batch=2, seed=0)
     many = make_noise(model, batch=2, seed=0, samples=samples)
     time = torch.full((2, samples), 0.3)
     return [
-        ("sampling", partial(model.sample, batch.observation, noise, NUM_STEPS), NUM_STEPS),
+        ("sampling", partial(model.sample, batch.observation, noise, steps), steps),
         (f"loss of {samples}", partial(model, batch.observation, batch.actions, many, time), 1),
     ]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.workloads import NUM_STEPS, Product, Workload, products
+from bench.workloads import NUM_STEPS, Product, Workload, products, siglip
 from pizero.model import PiZero
 
 # Datasheet peak of dense bf16 matrix products, TFLOP/s: the denominator of "MFU".
@@ -90,7 +90,7 @@ def floor(
 def fewest_kernels(model: PiZero, num_steps: int) -> int:
     """Kernels of a well-fused call: six a layer, five a layer of the expert and three a step."""
     depth = model.joint.depth
-    return 6 * len(model.vision.blocks) + 6 * (depth - 1) + num_steps * (5 * depth + 3)
+    return 6 * len(siglip(model).blocks) + 6 * (depth - 1) + num_steps * (5 * depth + 3)
 
 
 def peak_tflops(card: str) -> float | None:

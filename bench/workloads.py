@@ -121,6 +121,12 @@ def make_batch(workload: Workload, model: PiZero, *, batch: int, seed: int) -> B
     )
 
 
+def siglip(model: PiZero) -> SigLIP:
+    """The vision tower, which is a SigLIP in every workload."""
+    assert isinstance(model.vision, SigLIP)
+    return model.vision
+
+
 @dataclass(frozen=True)
 class Product:
     """`count` matrix products [m k] @ [k n]; the [k n] side is weights, keys or values."""
@@ -157,7 +163,7 @@ def products(workload: Workload, model: PiZero, *, num_steps: int = NUM_STEPS) -
     found = list(_vision(model, workload.num_cameras))
     # The vlm's last layer makes keys and values only: nobody reads its tokens.
     found += _expert("prefix", vlm, tokens=prefix, keys=prefix, times=1, read=False)
-    if num_states:
+    if model.state_dim is not None:
         found.append(Product("state", 1, action.width, model.state_dim))
         found += _expert("state", action, tokens=1, keys=prefix + 1, times=1, read=False)
     width = action.width
@@ -181,8 +187,7 @@ def stage_flops(found: list[Product], stage: str) -> int:
 
 
 def _vision(model: PiZero, num_images: int) -> Iterator[Product]:
-    tower = model.vision
-    assert isinstance(tower, SigLIP)
+    tower = siglip(model)
     block = tower.blocks[0]
     depth, width, heads = len(tower.blocks), tower.width, block.num_heads
     per_image, m = tower.num_tokens, num_images * tower.num_tokens
