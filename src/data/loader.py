@@ -7,6 +7,7 @@ integer, `samples`, which counts what was handed out, not what workers prefetche
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -198,7 +199,14 @@ def _loader_options(
     options["pin_memory"] = pin_memory and torch.cuda.is_available()
     if num_workers:
         options |= {"prefetch_factor": prefetch, "multiprocessing_context": start_method}
+        options["worker_init_fn"] = _outlive_stop_signals
     return options
+
+
+def _outlive_stop_signals(worker: int) -> None:
+    """Schedulers signal every process of a job; the trainer needs its workers to finish a step."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
