@@ -32,21 +32,24 @@ def compare_with_expert(
 ) -> dict[str, Any]:
     """Mean absolute error over `num_frames` evenly spread frames, and a few frames in full.
 
-    Errors are in the robot's units, over steps that lie within the episode. The frames shown differ
-    in their instruction where they can, and come with `num_draws` chunks from different noise.
+    Errors are in the robot's units, over steps that lie within the episode, of the chunks that the
+    policy would execute. The frames shown differ in their instruction where they can; they come
+    with that chunk ("predicted") and with `num_draws` from the full noise ("draws").
     """
     samples = _spread(data, num_frames)
     errors = []
     for first in range(0, len(samples), BATCH):
         group = samples[first : first + BATCH]
         keys = [(seed, first + i, 0) for i in range(len(group))]
-        for sample, chunk in zip(group, _predict(policy, group, keys), strict=True):
+        chunks = _predict(policy, group, keys, scale=policy.noise_scale)
+        for sample, chunk in zip(group, chunks, strict=True):
             errors.append(np.abs(chunk - sample["actions"])[~sample["action_is_pad"]])
     shown = []
     for number in _different_texts(samples, num_shown):
         sample = samples[number]
         keys = [(seed, number, draw) for draw in range(num_draws)]
-        chunks = _predict(policy, [sample] * num_draws, keys)
+        executed = _predict(policy, [sample], keys[:1], scale=policy.noise_scale)[0]
+        draws = _predict(policy, [sample] * num_draws, keys, scale=1.0)
         inside = int((~sample["action_is_pad"]).sum())
         shown.append(
             {
@@ -55,7 +58,8 @@ def compare_with_expert(
                 "step": int(sample["step"]),
                 "picture": _png(sample["images"]),
                 "expert": sample["actions"][:inside].tolist(),
-                "predicted": [chunk[:inside].tolist() for chunk in chunks],
+                "predicted": executed[:inside].tolist(),
+                "draws": [chunk[:inside].tolist() for chunk in draws],
             }
         )
     error = np.concatenate(errors)
@@ -84,9 +88,13 @@ def _different_texts(samples: Sequence[Mapping[str, Any]], count: int) -> list[i
 
 
 def _predict(
-    policy: Policy, samples: Sequence[Mapping[str, Any]], keys: Sequence[tuple[int, int, int]]
+    policy: Policy,
+    samples: Sequence[Mapping[str, Any]],
+    keys: Sequence[tuple[int, int, int]],
+    *,
+    scale: float,
 ) -> np.ndarray:
-    noise = torch.stack([keyed_noise(policy.noise_shape, *key) for key in keys])
+    noise = scale * torch.stack([keyed_noise(policy.noise_shape, *key) for key in keys])
     known = policy.pipeline.cameras
     observations = [
         {

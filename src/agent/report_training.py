@@ -64,17 +64,16 @@ def chunk_section(held_out: Mapping[str, Any] | None) -> str:
     limits = []
     for i in range(len(names)):
         values = [v[i] for f in frames for v in f["expert"]]
-        values += [v[i] for f in frames for chunk in f["predicted"] for v in chunk]
+        values += [v[i] for f in frames for chunk in (f["predicted"], *f["draws"]) for v in chunk]
         limits.append((min(values), max(values)))
     rows = []
     for frame in frames:
         plots = []
         for i, name in enumerate(names):
             steps = list(range(len(frame["expert"])))
-            lines = [
-                Line("", steps, [v[i] for v in chunk], "a faint") for chunk in frame["predicted"]
-            ]
+            lines = [Line("", steps, [v[i] for v in c], "grey faint") for c in frame["draws"]]
             lines.append(Line("", steps, [v[i] for v in frame["expert"]], "ink bold"))
+            lines.append(Line("", steps, [v[i] for v in frame["predicted"]], "a bold"))
             low, high = limits[i]
             plots.append(small_multiple(lines, title=name, low=low, high=high))
         when = f"episode {frame['episode']}, step {frame['step']}"
@@ -86,7 +85,11 @@ def chunk_section(held_out: Mapping[str, Any] | None) -> str:
             f'<div class="plots">{"".join(plots)}</div></div>'
         )
     legend = key(
-        [("ink", "expert"), ("a", f"policy, {len(frames[0]['predicted'])} draws of the noise")]
+        [
+            ("ink", "expert"),
+            ("a", "policy, as it is driven"),
+            ("grey", f"{len(frames[0]['draws'])} draws of the full noise"),
+        ]
     )
     lead = (
         "What the policy would do at moments of episodes it was not trained on, in the robot's own "

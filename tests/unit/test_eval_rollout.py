@@ -21,6 +21,7 @@ class Obedient:
     """Goes where the words say; its noise is visible in the second action."""
 
     noise_shape = (4, 4)
+    noise_scale = 1.0
 
     def __init__(self):
         self.batches: list[int] = []

@@ -85,6 +85,7 @@ def results(*, scene=1, named=17):
             ],
             "horizon": 4,
             "num_steps": 6,
+            "noise_scale": 0.5,
         },
         "films": [
             {
@@ -114,7 +115,8 @@ def write_evaluation(folder, content):
         "step": 2,
         "picture": base64.b64encode(b"png").decode(),
         "expert": [[0.0], [0.5]],
-        "predicted": [[[0.1], [0.4]]],
+        "predicted": [[0.1], [0.4]],
+        "draws": [[[0.2], [0.3]]],
     }
     held_out = {
         "action_names": ["x"],
