@@ -6,7 +6,7 @@ different labels (its button script even retreats at full speed whenever it is 2
 The experts here are continuous instead: the height over the puck, or the distance to the button,
 follows from how well the hand is aligned, as in a funnel. Their labels change about half as much
 from step to step as the scripts', and they bear perturbations: with sigma 0.35 over 40 starts, push
-succeeds in 93 % of the episodes (script: 10 %) and pick-place in 95 % (38 %), though the scripts'
+succeeds in 90 % of the episodes (script: 10 %) and pick-place in 95 % (38 %), though the scripts'
 perturbations did not fade near contact. The few tasks that are not in the table at the end keep
 Metaworld's scripts.
 
