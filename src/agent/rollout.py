@@ -14,7 +14,7 @@ import selectors
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from pizero.agent.episodes import Episode, EpisodeResult
 from pizero.agent.policy import Policy, keyed_noise
 
 
+@runtime_checkable
 class Worker(Protocol):
     """What the loop needs of a simulator worker; `pizero.agent.env.client.EnvClient` has it."""
 
