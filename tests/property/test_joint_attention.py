@@ -32,15 +32,18 @@ def joint_model(seed: int = 0, *, softcap: float | None = None, kv_heads: int = 
 
 
 @st.composite
-def layouts(draw) -> TokenLayout:
+def drawn(draw) -> list[tuple[str, int, int, str]]:
     """Segments of two to four experts in random blocks; experts return, and share blocks."""
     experts = draw(st.sampled_from(["ab", "abc", "abcd"]))
     block, segments = 0, []
     for i in range(draw(st.integers(1, 7))):
         block += draw(st.integers(0, 2)) if i else 0
-        expert = draw(st.sampled_from(experts))
-        segments.append(Segment(f"s{i}", draw(st.integers(1, 3)), block, expert))
-    return TokenLayout(*segments)
+        segments.append((f"s{i}", draw(st.integers(1, 3)), block, draw(st.sampled_from(experts))))
+    return segments
+
+
+def lay_out(segments: list[tuple[str, int, int, str]]) -> TokenLayout:
+    return TokenLayout(*(Segment(*s) for s in segments))
 
 
 def random_tokens(layout: TokenLayout, batch: int = 2) -> dict[str, torch.Tensor]:
@@ -117,9 +120,10 @@ def reference(
     return out, all_keys
 
 
-@given(layouts(), st.booleans(), st.sampled_from([None, 2.0]), st.sampled_from([1, 2, 4]))
+@given(drawn(), st.booleans(), st.sampled_from([None, 2.0]), st.sampled_from([1, 2, 4]))
 @CHECKS
-def test_equals_a_dense_mask(layout, masked, softcap, kv_heads):
+def test_equals_a_dense_mask(segments, masked, softcap, kv_heads):
+    layout = lay_out(segments)
     model = joint_model(softcap=softcap, kv_heads=kv_heads)
     tokens, valid = random_tokens(layout), random_valid(layout) if masked else None
     positions = torch.randint(40, (2, layout.length))
@@ -133,10 +137,11 @@ def test_equals_a_dense_mask(layout, masked, softcap, kv_heads):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
-@given(layouts(), st.data())
+@given(drawn(), st.data())
 @CHECKS
-def test_cached_equals_uncached(layout, data):
+def test_cached_equals_uncached(segments, data):
     """Cut between any two blocks, once or twice: the same as one pass."""
+    layout = lay_out(segments)
     model, tokens, valid = joint_model(), random_tokens(layout), random_valid(layout)
     positions = torch.randint(40, (1, layout.length))
     whole, whole_cache = model(tokens, layout, positions=positions, valid=valid)
@@ -162,10 +167,11 @@ def test_cached_equals_uncached(layout, data):
             torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
 
 
-@given(layouts(), st.data())
+@given(drawn(), st.data())
 @CHECKS
-def test_reading_less_changes_nothing(layout, data):
+def test_reading_less_changes_nothing(segments, data):
     """The last layer computes only what is read; that equals what reading all gives."""
+    layout = lay_out(segments)
     model, tokens, valid = joint_model(), random_tokens(layout), random_valid(layout)
     positions = torch.arange(layout.length)[None]
     read = data.draw(st.sets(st.sampled_from(layout.names)))
@@ -178,9 +184,10 @@ def test_reading_less_changes_nothing(layout, data):
     assert all(map(torch.equal, cache.values, full_cache.values))
 
 
-@given(layouts())
+@given(drawn())
 @CHECKS
-def test_later_blocks_leave_earlier_ones_alone(layout):
+def test_later_blocks_leave_earlier_ones_alone(segments):
+    layout = lay_out(segments)
     model, tokens = joint_model(), random_tokens(layout)
     positions = torch.arange(layout.length)[None]
     before, _ = model(tokens, layout, positions=positions)
@@ -192,9 +199,10 @@ def test_later_blocks_leave_earlier_ones_alone(layout):
         assert torch.equal(before[name], after[name]) == (name not in late)
 
 
-@given(layouts())
+@given(drawn())
 @CHECKS
-def test_tokens_that_are_not_real_are_inert(layout):
+def test_tokens_that_are_not_real_are_inert(segments):
+    layout = lay_out(segments)
     model, tokens, valid = joint_model(), random_tokens(layout), random_valid(layout)
     positions = torch.arange(layout.length)[None]
     before, _ = model(tokens, layout, positions=positions, valid=valid)
@@ -209,9 +217,10 @@ def test_tokens_that_are_not_real_are_inert(layout):
         assert torch.equal(before[name][real], after[name][real])
 
 
-@given(layouts(), st.permutations(list(WIDTHS)))
+@given(drawn(), st.permutations(list(WIDTHS)))
 @CHECKS
-def test_order_of_mixtures_does_not_matter(layout, order):
+def test_order_of_mixtures_does_not_matter(segments, order):
+    layout = lay_out(segments)
     model, tokens = joint_model(), random_tokens(layout)
     other = JointModel({name: model.mixtures[name] for name in order})
     positions = torch.arange(layout.length)[None]
@@ -220,10 +229,11 @@ def test_order_of_mixtures_does_not_matter(layout, order):
     assert all(torch.equal(out[name], same[name]) for name in layout.names)
 
 
-@given(layouts(), st.data())
+@given(drawn(), st.data())
 @CHECKS
-def test_stopped_edges_pass_values_and_no_gradients(layout, data):
+def test_stopped_edges_pass_values_and_no_gradients(segments, data):
     """Every edge from the last segment's block to one earlier segment's tokens is stopped."""
+    layout = lay_out(segments)
     last = layout.segments[-1]
     early = [s.name for s in layout.segments if s.block < last.block]
     queries = [s.name for s in layout.segments if s.block == last.block]
@@ -273,10 +283,11 @@ def test_stopped_edges_reach_into_a_cache(cached):
     assert leaves["y"].grad.abs().max() > 0
 
 
-@given(layouts())
+@given(drawn())
 @CHECKS
-def test_calls_cover_every_query_once(layout):
+def test_calls_cover_every_query_once(segments):
     """The calls of a layout, written out as a matrix, are its mask."""
+    layout = lay_out(segments)
     mask = torch.zeros(layout.length, layout.length, dtype=torch.bool)
     at = 0
     for call in layout.calls():
