@@ -184,7 +184,11 @@ class Trainer:
             action_dim=self.model.action_dim,
             time_sampler=self.model.time_sampler,
         )
-        return noise.to(self.ranks.device), times.to(self.ranks.device)
+        if self.ranks.device.type == "cuda":
+            # From pinned memory the copy does not wait for the device to finish the last step.
+            noise, times = noise.pin_memory(), times.pin_memory()
+        device = self.ranks.device
+        return noise.to(device, non_blocking=True), times.to(device, non_blocking=True)
 
     @contextmanager
     def _gradients_meet(self, now: bool) -> Iterator[None]:
