@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from pizero.agent.checkpoint import find_checkpoint
 from pizero.agent.config import load_config
 from pizero.agent.train import TrainWorkspace
-from safetensors.torch import load_file
 
 pytestmark = [
     pytest.mark.gpu,
