@@ -49,7 +49,7 @@ def losses_and_gradients(model, forward, seeds):
     return results
 
 
-@pytest.mark.parametrize("kind", ["toy", "pi0", "pi05"])
+@pytest.mark.parametrize("kind", ["toy", "pi05"])
 def test_loss_and_its_gradient_are_one_graph(kind):
     model = small_policy(kind)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -59,10 +59,9 @@ def test_loss_and_its_gradient_are_one_graph(kind):
         torch.testing.assert_close(a, b, **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["toy", "pi05"])
 @torch.no_grad()
-def test_sampling_is_one_graph(kind):
-    model = small_policy(kind)
+def test_sampling_is_one_graph():
+    model = small_policy("toy")
     sample = torch.compile(model.sample, fullgraph=True, dynamic=False, backend="eager")
     for seed in (0, 1):
         observation, (_, noise, _) = example(model, seed)
@@ -72,17 +71,15 @@ def test_sampling_is_one_graph(kind):
 
 def test_recompilation_is_noticed():
     """The guard of these tests can fail: another length is another graph."""
-    model = small_policy("toy")
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
-    first, flow = example(model, 0)
-    second, _ = example(model, 0, text=6)
-    compiled(first, *flow)
+    double = torch.compile(lambda x: 2 * x, fullgraph=True, dynamic=False, backend="eager")
+    double(torch.zeros(2))
     with pytest.raises(torch._dynamo.exc.RecompileError):
-        compiled(second, *flow)
+        double(torch.zeros(3))
 
 
 def test_inductor_gives_the_same_loss():
-    model = small_policy("toy")
+    """The real thing, on one layer: most of the time goes to the C++ compiler."""
+    model = small_policy("toy", *(f"model.joint.mixtures.{m}.depth=1" for m in ("vlm", "action")))
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
     with torch.no_grad():
         for seed in (0, 1):
@@ -92,10 +89,9 @@ def test_inductor_gives_the_same_loss():
             )
 
 
-@pytest.mark.parametrize("kind", ["demo", "pi0", "pi05"])
-def test_compiled_blocks_equal_eager_ones(kind):
+def test_compiled_blocks_equal_eager_ones():
     """Regional compilation: the repeated layers alone, for training and sampling."""
-    model, compiled = small_policy(kind), small_policy(kind)
+    model, compiled = small_policy("pi05"), small_policy("pi05")
     compiled.compile_blocks(backend="aot_eager", dynamic=False)
     observation, (_, noise, _) = example(model, 1)
     # Prefix and suffix, last layer and others: a graph each, made once.
