@@ -29,6 +29,7 @@ from pizero.agent.ema import WeightAverage
 from pizero.agent.noise import flow_draws
 from pizero.agent.optim import freeze, make_optimizer, set_rate
 from pizero.agent.progress import Journal, duration
+from pizero.agent.report import write_report
 from pizero.agent.validate import validate
 from pizero.data.hashing import mix_bits
 from pizero.data.loader import TrainLoader, ValLoader
@@ -138,6 +139,8 @@ class Trainer:
                     journal.say(f"stopped at step {step} by {reason}; the same command goes on")
                     return
             journal.say(f"done: {config.steps} steps, {duration(time.monotonic() - started)}")
+        if self.ranks.is_main:
+            write_report(self.folder / "report.html", training=self.folder, title=config.name)
 
     def step(self, step: int, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, dict[str, float]]:
         """One optimizer step: this rank's part of the loss, the gradient's norm, the rates."""

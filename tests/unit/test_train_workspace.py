@@ -59,6 +59,7 @@ def test_run_folder(finished: Path) -> None:
         "checkpoints",
         "config.yaml",
         "metrics.jsonl",
+        "report.html",
         "run.log",
         "stats.json",
         "tokenizer.model",
