@@ -16,7 +16,7 @@ from pizero.types import Observation
 @pytest.fixture(autouse=True)
 def _lane(request):
     if not request.config.getoption("--jaxtyping-packages"):
-        pytest.skip("needs --jaxtyping-packages=pizero,beartype.beartype, as make test gives it")
+        pytest.skip("needs --jaxtyping-packages=pizero,shape_checks.check, as make test gives it")
 
 
 def _observation(**changes) -> Observation:
