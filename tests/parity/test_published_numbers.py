@@ -28,7 +28,7 @@ CASES = (*OPENPI, "open_pi_zero")
 # Rules that are tighter than the stored numbers deserve, with what holds instead.
 WIDER = {
     # Twice the luck of one bf16 run: its 96 errors of up to 0.3 happened to average to 2e-4.
-    ("openpi_pi0", "out.bf16.loss_mean"): dict(atol=5e-3, rtol=0.0),
+    ("openpi_pi0", "out.bf16.loss_mean"): dict(atol=1.5e-3, rtol=0.0),
     # Keys of up to 13 behind logits of up to 58: our float64 run is 5.0e-5 from the stored float32.
     ("open_pi_zero", "out.cache_k.vlm.2"): dict(atol=1e-4, rtol=1e-5),
 }
