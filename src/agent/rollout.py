@@ -96,8 +96,10 @@ def run_episodes(
     started = time.perf_counter()
     with selectors.DefaultSelector() as selector:
         for index, worker in enumerate(workers):
-            selector.register(worker.fileno(), selectors.EVENT_READ, data=index)
             _start(index, workers, queue, running, settings)
+            # One that has nothing to do may still announce that it has started.
+            if index in running:
+                selector.register(worker.fileno(), selectors.EVENT_READ, data=index)
         while running:
             ready = _receive(selector, workers, running, settings, batch_wait, patience)
             for index in [i for i in ready if _is_over(running[i], settings)]:
@@ -105,6 +107,8 @@ def run_episodes(
                 timing.steps += finished.steps
                 on_result(_result(finished), np.concatenate(finished.actions))
                 _start(index, workers, queue, running, settings)
+                if index not in running:
+                    selector.unregister(workers[index].fileno())
             ready = [i for i in ready if i in running and running[i].observation is not None]
             for weights in dict.fromkeys(running[i].episode.weights for i in ready):
                 group = [i for i in ready if running[i].episode.weights == weights]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,22 @@ def test_an_episode_can_stop_soon_after_success():
     swapped = episodes(1, tasks=("go-left",), text="move right", named_task="go-right")
     results, _, _ = roll(swapped, settings=settings)
     assert [r.steps for r in results.values()] == [12]
+
+
+def test_a_worker_without_an_episode_is_left_alone():
+    """It has something to say all the same: that it has started."""
+    idle, other_end = socket.socketpair()
+    with idle, other_end, EnvClient.launch(simulator=WORLD, options={}) as client:
+        other_end.send(b"started")
+        results = []
+        run_episodes(
+            episodes(1, tasks=("go-left",)),
+            workers=[client, idle],
+            policies={"checkpoint": Obedient()},
+            settings=SETTINGS,
+            on_result=lambda result, actions: results.append(result),
+        )
+    assert len(results) == 1
 
 
 def test_max_steps_cuts_the_last_chunk():
