@@ -214,8 +214,8 @@ def _loss(model: PiZero, batch: Batch, arm: Arm) -> torch.Tensor:
 
 def _check_losses(model: PiZero, batch: Batch, arms: list[Arm]) -> dict[str, float]:
     """The loss of every arm for one batch; arms that draw equally often must agree."""
-    with torch.no_grad():
-        losses = {arm: _loss(model, batch, arm).item() for arm in arms}
+    # With gradients, as in training: without them, every layer would be compiled once more.
+    losses = {arm: _loss(model, batch, arm).item() for arm in arms}
     for arm, loss in losses.items():
         twin = losses.get(Arm(not arm.is_compiled, arm.samples), loss)
         if abs(loss - twin) > TOLERANCE * abs(twin):
