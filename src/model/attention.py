@@ -1,7 +1,7 @@
 """Attention of one block of queries to everything it may see.
 
 Grouped queries are folded into the query length, so several heads share a key without copies of
-it (multi-query: one key head serves all), and every backend of PyTorch can be used.
+it, and every backend of PyTorch can be used. With one key head for all, folding is a view.
 
 Axes: b batch, s queries, t keys, h query heads, g key heads, r = h / g, d head_dim.
 """
@@ -29,7 +29,7 @@ def attend(
     no fused kernel offers it, so that path writes the scores out.
     """
     heads, groups = q.shape[2], k.shape[2]
-    q = rearrange(q, "b s (g r) d -> b g (r s) d", g=groups)
+    q = rearrange(q, "b s (g r) d -> b g (s r) d", g=groups)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     mask = None if key_mask is None else key_mask[:, None, None, :]
     if softcap is None:
@@ -41,4 +41,4 @@ def attend(
         if mask is not None:
             logits = logits.masked_fill(~mask, torch.finfo(wide).min)
         out = logits.softmax(dim=-1).to(v.dtype) @ v
-    return rearrange(out, "b g (r s) d -> b s (g r) d", r=heads // groups)
+    return rearrange(out, "b g (s r) d -> b s (g r) d", r=heads // groups)

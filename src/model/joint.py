@@ -42,6 +42,10 @@ class JointModel(nn.Module):
 
     def compile_layers(self, **options) -> None:
         """Compile the repeated layer alone: seconds instead of minutes, and one graph for all."""
+        # Three kinds of layer (prefix, suffix, last), with and without gradients, for batches of
+        # one, of a known and of any size: more versions than Dynamo's usual limit of 8.
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 64)
         self._run_layer = torch.compile(run_layer, fullgraph=True, **options)
 
     def forward(

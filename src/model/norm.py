@@ -56,7 +56,8 @@ class AdaRMSNorm(nn.Module):
 
     def modulation(self, cond: Float[Tensor, "rows cond_dim"]) -> Modulation:
         """Scale, shift and gate, each [rows 1 width], in float32."""
-        with torch.autocast(cond.device.type, enabled=False):
+        device = "cpu" if cond.is_meta else cond.device.type  # autocast knows no meta device
+        with torch.autocast(device, enabled=False):
             out = self.dense(cond.to(self.dense.weight.dtype)).float()
         return Modulation(*out[:, None].chunk(3, dim=-1))
 

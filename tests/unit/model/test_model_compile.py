@@ -103,3 +103,18 @@ def test_compiled_blocks_equal_eager_ones():
         for a, b in zip(eager, ours, strict=True):
             torch.testing.assert_close(b, a, **CLOSE)
     losses_and_gradients(compiled, compiled, (2, 3))
+
+
+def test_compiled_blocks_take_batches_of_every_size():
+    """Training, then evaluation by one and by many: more versions of a layer than Dynamo's limit."""
+    model = small_policy("pi0")
+    model.compile_blocks(backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for rows in (2, 3):
+            observation = small_observation(model, batch=rows)
+            model(observation, *small_flow(model, samples=2, batch=rows)).mean().backward()
+        for rows in (5, 1, 4, 2, 1):
+            noise = small_flow(model, samples=1, batch=rows)[1][:, 0]
+            with torch.no_grad():
+                actions = model.sample(small_observation(model, batch=rows), noise, 2)
+            assert actions.shape == noise.shape
