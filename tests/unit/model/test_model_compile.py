@@ -106,7 +106,7 @@ def test_compiled_blocks_equal_eager_ones():
 
 
 def test_compiled_blocks_take_batches_of_every_size():
-    """Training, then evaluation by one and by many: more versions of a layer than Dynamo's limit."""
+    """Training, then sampling by one and by many: more versions of a layer than Dynamo's 8."""
     model = small_policy("pi0")
     model.compile_blocks(backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=False):
