@@ -28,9 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pizero.agent.config import build
-from pizero.agent.ema import WeightAverage
 from pizero.agent.machine import versions
-from pizero.agent.optim import load_optimizer_state, optimizer_state
+from pizero.agent.training.ema import WeightAverage
+from pizero.agent.training.optim import load_optimizer_state, optimizer_state
 
 if TYPE_CHECKING:
     from pizero.data.pipeline import PolicyPipeline

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pizero.agent.config import config_dir, load_config, to_yaml
-from pizero.agent.episodes import write_atomically
+from pizero.agent.driving.episodes import write_atomically
 from pizero.agent.machine import hardware, peak_memory_mb, versions
 from pizero.agent.report import write_report
 

@@ -30,16 +30,16 @@ from omegaconf import OmegaConf
 
 from pizero.agent.checkpoint import find_checkpoint
 from pizero.agent.config import build, to_yaml
+from pizero.agent.driving.episodes import Episode, EpisodeLog, EpisodeResult, write_atomically
+from pizero.agent.driving.films import FilmConfig, action_file, choose_films, film_episodes
+from pizero.agent.driving.held_out import compare_with_expert
+from pizero.agent.driving.progress import EvalProgress, logged_to
+from pizero.agent.driving.rollout import RolloutSettings, run_episodes
+from pizero.agent.driving.scores import summarise
 from pizero.agent.env.client import EnvClient
-from pizero.agent.episodes import Episode, EpisodeLog, EpisodeResult, write_atomically
-from pizero.agent.eval_progress import EvalProgress, logged_to
-from pizero.agent.films import FilmConfig, action_file, choose_films, film_episodes
-from pizero.agent.held_out import compare_with_expert
 from pizero.agent.machine import hardware, versions
 from pizero.agent.policy import Policy, load_policy
 from pizero.agent.report import write_report
-from pizero.agent.rollout import RolloutSettings, run_episodes
-from pizero.agent.scores import summarise
 
 log = logging.getLogger(__name__)
 

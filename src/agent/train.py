@@ -22,15 +22,16 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
-from pizero.agent import checkpoint, prepare, resume
+from pizero.agent import checkpoint
 from pizero.agent.config import Precision, Resume, TrainConfig, build, to_yaml
-from pizero.agent.distributed import Ranks, StopSignals, join
-from pizero.agent.ema import WeightAverage
-from pizero.agent.noise import flow_draws
-from pizero.agent.optim import freeze, make_optimizer, set_rate
-from pizero.agent.progress import Journal, duration
 from pizero.agent.report import write_report
-from pizero.agent.validate import validate
+from pizero.agent.training import prepare, resume
+from pizero.agent.training.distributed import Ranks, StopSignals, join
+from pizero.agent.training.ema import WeightAverage
+from pizero.agent.training.noise import flow_draws
+from pizero.agent.training.optim import freeze, make_optimizer, set_rate
+from pizero.agent.training.progress import Journal, duration
+from pizero.agent.training.validate import validate
 from pizero.data.hashing import mix_bits
 from pizero.data.loader import TrainLoader, ValLoader
 from pizero.model import PiZero

@@ -106,7 +106,7 @@ def test_unknown_workspace() -> None:
 
 def test_target_that_is_no_workspace() -> None:
     with pytest.raises(ValueError, match="`config` annotated with a dataclass"):
-        load_config("train_toy", ["_target_=pizero.agent.distributed.StopSignals"])
+        load_config("train_toy", ["_target_=pizero.agent.training.distributed.StopSignals"])
 
 
 def test_typed_root_and_its_yaml_agree() -> None:

@@ -9,7 +9,7 @@ import pytest
 from stand_in.toy_checkpoint import write_toy_checkpoint
 
 from pizero.agent.config import load_config
-from pizero.agent.episodes import EpisodeLog
+from pizero.agent.driving.episodes import EpisodeLog
 from pizero.agent.eval import EvalWorkspace
 
 WORLD = "stand_in.line_world:LineWorld"

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from pizero.agent.driving.episodes import Episode
+from pizero.agent.driving.rollout import RolloutSettings, run_episodes
 from pizero.agent.env.client import EnvClient, WorkerDied
-from pizero.agent.episodes import Episode
 from pizero.agent.policy import keyed_noise
-from pizero.agent.rollout import RolloutSettings, run_episodes
 
 WORLD = "stand_in.line_world:LineWorld"
 SETTINGS = RolloutSettings(pool="eval", act_steps=2, max_steps=12, steps_after_success=None, seed=0)

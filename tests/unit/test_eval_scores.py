@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from pizero.agent.episodes import EpisodeLog, EpisodeResult, fingerprint
-from pizero.agent.scores import rate, summarise, wilson
+from pizero.agent.driving.episodes import EpisodeLog, EpisodeResult, fingerprint
+from pizero.agent.driving.scores import rate, summarise, wilson
 
 
 def result(task="push", start=0, *, arm="trained", any_=True, end=True, named=None, **changes):

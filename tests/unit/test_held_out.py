@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from rlds_demo import open_demo, write_demo
 
-from pizero.agent.held_out import compare_with_expert
+from pizero.agent.driving.held_out import compare_with_expert
 
 
 class OffByOne:

@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from pizero.agent.driving.scores import rate
 from pizero.agent.report import write_report
-from pizero.agent.report_charts import Line, line_chart, sight_picture, smoothed
-from pizero.agent.scores import rate
+from pizero.agent.report.charts import Line, line_chart, sight_picture, smoothed
 
 VOID = {"meta", "img", "br", "rect", "line", "polyline"}
 
@@ -200,7 +200,7 @@ def test_the_verdict_on_swapped_words_follows_the_intervals(tmp_path, scene, nam
 
 
 def test_films_stop_where_the_page_would_grow_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr("pizero.agent.report_results.MAX_VIDEO_BYTES", 3)
+    monkeypatch.setattr("pizero.agent.report.results.MAX_VIDEO_BYTES", 3)
     folder = write_evaluation(tmp_path / "eval", results())
     page = write_report(tmp_path / "report.html", evaluation=folder).read_text()
     assert "<video" not in page

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from pizero.agent.config import ExpertOptimConfig, OptimConfig
-from pizero.agent.ema import WeightAverage, decay_after
-from pizero.agent.noise import flow_draws
-from pizero.agent.optim import (
+from pizero.agent.train import num_passes
+from pizero.agent.training.ema import WeightAverage, decay_after
+from pizero.agent.training.noise import flow_draws
+from pizero.agent.training.optim import (
     freeze,
     load_optimizer_state,
     make_optimizer,
@@ -21,8 +22,7 @@ from pizero.agent.optim import (
     warmup_cosine,
     warmup_linear,
 )
-from pizero.agent.progress import MetricsFile, duration
-from pizero.agent.train import num_passes
+from pizero.agent.training.progress import MetricsFile, duration
 from pizero.model import BetaTime
 
 ADAMW = {

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from pizero.agent.config import load_config
-from pizero.agent.tracking import Example, WandbTracker, chunk_plot, strip
 from pizero.agent.train import TrainWorkspace
+from pizero.agent.training.tracking import Example, WandbTracker, chunk_plot, strip
 
 
 class Recorder:

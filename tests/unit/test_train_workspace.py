@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from pizero.agent.checkpoint import find_checkpoint, load_checkpoint
 from pizero.agent.config import Precision, Resume, TrainConfig, load_config
-from pizero.agent.distributed import Ranks, StopSignals
-from pizero.agent.noise import flow_draws
 from pizero.agent.train import Trainer, TrainWorkspace
+from pizero.agent.training.distributed import Ranks, StopSignals
+from pizero.agent.training.noise import flow_draws
 
 QUICK = [
     "threads=1",

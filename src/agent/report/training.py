@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from pizero.agent.report_charts import Line, line_chart, small_multiple, smoothed
-from pizero.agent.report_page import key, section
+from pizero.agent.report.charts import Line, line_chart, small_multiple, smoothed
+from pizero.agent.report.page import key, section
 
 # Entries of a metrics line that say when it was written, not what was measured.
 CLOCKS = {"step", "kind", "samples", "time", "seconds", "epoch"}

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pizero.agent.driving.video import scaled
 from pizero.agent.policy import Policy, keyed_noise
-from pizero.agent.prepare import parts
-from pizero.agent.video import scaled
+from pizero.agent.training.prepare import parts
 from pizero.data.dataset import RldsDataset
 from pizero.data.mix import Mix
 

@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager
 import numpy as np
 import torch
 
-from pizero.agent.distributed import Ranks
-from pizero.agent.noise import flow_draws
-from pizero.agent.tracking import Example
+from pizero.agent.training.distributed import Ranks
+from pizero.agent.training.noise import flow_draws
+from pizero.agent.training.tracking import Example
 from pizero.data.pipeline import PolicyPipeline
 from pizero.model import PiZero
 from pizero.types import Batch

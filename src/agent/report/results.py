@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
-from pizero.agent.report_charts import interval_bar
-from pizero.agent.report_page import key, section, table, tile
+from pizero.agent.report.charts import interval_bar
+from pizero.agent.report.page import key, section, table, tile
 
 NARROW = "\N{NARROW NO-BREAK SPACE}"
 MAX_VIDEO_BYTES = 12_000_000

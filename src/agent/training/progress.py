@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pizero.agent.tracking import Example, Tracker
+from pizero.agent.training.tracking import Example, Tracker
 
 
 class Journal:

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from pizero.agent.driving.episodes import EpisodeResult
+from pizero.agent.driving.video import scaled, write_video
 from pizero.agent.env.client import EnvClient
-from pizero.agent.episodes import EpisodeResult
-from pizero.agent.video import scaled, write_video
 
 log = logging.getLogger(__name__)
 

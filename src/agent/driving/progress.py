@@ -11,8 +11,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pizero.agent.episodes import Episode, EpisodeResult
-from pizero.agent.scores import rate
+from pizero.agent.driving.episodes import Episode, EpisodeResult
+from pizero.agent.driving.scores import rate
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from pizero.agent.episodes import Episode, EpisodeResult
+from pizero.agent.driving.episodes import Episode, EpisodeResult
 from pizero.agent.policy import Policy, keyed_noise
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from pizero.agent.episodes import EpisodeResult
+from pizero.agent.driving.episodes import EpisodeResult
 
 RULES = ("any", "end")
 

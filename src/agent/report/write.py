@@ -16,11 +16,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pizero.agent.episodes import write_atomically
-from pizero.agent.progress import duration
-from pizero.agent.report_charts import sight_picture
-from pizero.agent.report_page import facts, folded, key, page, section, table
-from pizero.agent.report_results import (
+from pizero.agent.driving.episodes import write_atomically
+from pizero.agent.report.charts import sight_picture
+from pizero.agent.report.page import facts, folded, key, page, section, table
+from pizero.agent.report.results import (
     after_words,
     counted,
     language_section,
@@ -28,7 +27,8 @@ from pizero.agent.report_results import (
     tiles,
     video_section,
 )
-from pizero.agent.report_training import chunk_section, training_section
+from pizero.agent.report.training import chunk_section, training_section
+from pizero.agent.training.progress import duration
 
 EXPERT_COLOURS = ("a", "c", "b", "d", "grey")
 

@@ -1,0 +1,1 @@
+"""What an evaluation is made of: rollouts over simulator processes, scores, films."""
