@@ -110,7 +110,9 @@ def test_stopped_and_continued(tmp_path, how):
     command = [sys.executable, str(REPOSITORY / "scripts" / "run.py"), "--config-name=collect_demo"]
     arguments = overrides(tmp_path, seconds=0.2, fail_at=0)
     log = tmp_path / "metaworld_demo" / "1.0.0" / ".parts" / "episodes.jsonl"
-    with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*command, *arguments], stderr=subprocess.PIPE, text=True, preexec_fn=_hear_interrupts
+    ) as process:
         deadline = time.monotonic() + 60
         while not (log.exists() and len(log.read_text().splitlines()) >= 3):
             assert time.monotonic() < deadline
@@ -147,3 +149,8 @@ def test_mistakes_are_named(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="affinity is a Linux notion")
 def test_no_number_of_workers_means_one_for_each_core(tmp_path):
     assert workspace(tmp_path, "workers=null")._workers() == len(os.sched_getaffinity(0))
+
+
+def _hear_interrupts() -> None:
+    """A shell's background jobs ignore SIGINT, and so would their children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
