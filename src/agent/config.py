@@ -150,10 +150,16 @@ def primary_configs() -> dict[str, str]:
     return {f.stem: f.read_text().split("\n", 1)[0].lstrip("# ").strip() for f in files}
 
 
+def check_primary(name: str) -> None:
+    """Raise ValueError, with the nearest name, where no primary file is called so."""
+    known = primary_configs()
+    if name.removesuffix(".yaml") not in known:
+        raise ValueError(f"no config {name!r} in {config_dir()}{_nearest(name, known)}")
+
+
 def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """The tree as Hydra composes it, for use outside `scripts/run.py`."""
-    if name not in primary_configs():
-        raise ValueError(f"no config {name!r} in {config_dir()}{_nearest(name, primary_configs())}")
+    check_primary(name)
     previous = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:

@@ -15,7 +15,7 @@ import traceback
 import hydra
 from omegaconf import DictConfig
 
-from pizero.agent.config import config_dir, locate, primary_configs, typed_root
+from pizero.agent.config import check_primary, config_dir, locate, primary_configs, typed_root
 
 USAGE = """\
 usage: {program} --config-name=NAME [key=value ...]
@@ -34,10 +34,13 @@ configs and their commands:
 """
 
 
+NAME_FLAGS = ("--config-name", "-cn")
+
+
 def main() -> None:
     """Run the workspace named on the command line."""
     arguments = sys.argv[1:]
-    named = any(a.startswith(("--config-name", "-cn")) for a in arguments)
+    named = any(a.startswith(NAME_FLAGS) for a in arguments)
     hydra_only = any(
         a.startswith(("--hydra-help", "--version", "--shell", "-sc")) for a in arguments
     )
@@ -45,8 +48,25 @@ def main() -> None:
         wants_help = bool({"--help", "-h"} & set(arguments))
         print(usage(), file=sys.stdout if wants_help else sys.stderr)
         sys.exit(0 if wants_help else "error: --config-name=NAME is needed")
+    if not any(a.startswith(("--config-dir", "-cd", "--config-path", "-cp")) for a in arguments):
+        try:
+            for name in named_configs(arguments):
+                check_primary(name)
+        except ValueError as error:
+            sys.exit(message(error))
     sys.argv[1:] = with_quiet_hydra(arguments)
     hydra.main(version_base="1.3", config_path=str(config_dir()))(run)()
+
+
+def named_configs(arguments: list[str]) -> list[str]:
+    """What --config-name says, in either way of writing it."""
+    names = []
+    for flag, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if flag in NAME_FLAGS:
+            names.append(following)
+        elif flag.startswith(NAME_FLAGS):
+            names.append(flag.partition("=")[2])
+    return names
 
 
 def run(composed: DictConfig) -> None:
