@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from pip._internal.models.index import PyPI, TestPyPI
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -175,9 +174,16 @@ def test_lock_pins_every_file_by_hash_and_names_no_index():
 
 def test_no_registry_host_and_no_path_of_a_machine():
     """An index is each user's own setting, and a path of one machine breaks on the next."""
-    hosts = [
-        host for index in (PyPI, TestPyPI) for host in (index.netloc, index.file_storage_domain)
-    ]
+    # In a process of its own: importing pip turns off the distutils that Inductor needs.
+    names = (
+        "from pip._internal.models.index import PyPI, TestPyPI as Test;"
+        "print(PyPI.netloc, PyPI.file_storage_domain, Test.netloc, Test.file_storage_domain)"
+    )
+    asked = subprocess.run(
+        [sys.executable, "-c", names], capture_output=True, text=True, check=True
+    )
+    hosts = asked.stdout.split()
+    assert len(hosts) == 4
     folders = [str(folder) + "/" for folder in (ROOT, Path.home()) if len(folder.parts) > 1]
     unwanted = re.compile("|".join([*map(re.escape, hosts + folders), r"/(?:home|Users)/\w+/"]))
     files = tracked_files()
