@@ -1,0 +1,328 @@
+"""What a checkpoint is, from the names and shapes of its tensors.
+
+The format and all sizes come from the tensors themselves, never from a path or a file name. What
+leaves no trace in them is taken from the `config.json` beside them, else assumed and noted. The
+semantics that names cannot tell are those of `config/compat/*.yaml`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from pizero.agent.config import config_dir
+from pizero.agent.weights import jax_layout, torch_layout
+from pizero.agent.weights.links import LeftOut, Link, Links
+from pizero.agent.weights.lora import MergedLora
+from pizero.agent.weights.source import Source, open_source
+from pizero.agent.weights.spelling import spell_all
+
+KINDS = ("pi0", "pi05", "pi0_fast", "paligemma")
+OLD_STATISTICS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint understood.
+
+    layout    "openpi_torch" (LeRobot's, giga's and transformers' pi0 too), "openpi_jax",
+              "open_pi_zero" or "paligemma"
+    kind      one of KINDS
+    model     the Hydra node of the model, with every argument
+    links     between our tensors and the stored ones
+    left_out  stored tensors that no policy reads
+    twins     pairs of stored tensors that must hold the same numbers
+    notes     what was assumed
+    """
+
+    source: Source
+    layout: str
+    kind: str
+    model: dict[str, Any]
+    links: Links
+    left_out: tuple[LeftOut, ...]
+    twins: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+    def to_theirs(self, ours: Mapping[str, Any]) -> dict[str, Any]:
+        """Tensors of ours (weights, gradients) under the stored names, in the stored layout."""
+        shapes = {name: entry.shape for name, entry in self.source.entries.items()}
+        return self.links.to_theirs(ours, shapes)
+
+
+def inspect(
+    path: str | Path | Source,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    kind: str | None = None,
+) -> Found:
+    """Recognise a checkpoint. Raises ValueError where nothing known fits.
+
+    `overrides` sets what cannot be found, by dotted key of the model node: {"horizon": 10,
+    "vision.num_heads": 4}. `kind` "pi0_fast" tells a PaliGemma that speaks actions from one that
+    speaks words, which have the same tensors.
+    """
+    source = open_source(path) if isinstance(path, str | Path) else path
+    overrides = dict(overrides or {})
+    if any(name.startswith("PaliGemma/") for name in source.entries):
+        return _jax(MergedLora(source), overrides, kind)
+    return _torch(source, overrides, kind)
+
+
+def _torch(source: Source, overrides: dict[str, Any], kind: str | None) -> Found:
+    stored = spell_all(n for n in source.entries if not n.startswith(OLD_STATISTICS))
+    _refuse_adapters(source)
+    entries = {name: source.entries[theirs] for name, theirs in stored.items()}
+    if "embed.weight" not in entries and "head.weight" in entries:
+        entries["embed.weight"] = entries["head.weight"]
+        stored["embed.weight"] = stored.pop("head.weight")
+    config, notes = _config_beside(source.path), []
+    open_pi_zero = any(n.startswith("time_action_mlp_in.") for n in entries)
+    flow = open_pi_zero or any(n.startswith("action_in_proj.") for n in entries)
+    if not flow and not any(n.startswith("vlm.layers.") for n in entries):
+        raise ValueError(_unknown(source))
+    layout = "open_pi_zero" if open_pi_zero else "openpi_torch" if flow else "paligemma"
+    try:
+        eyes = torch_layout.vision_sizes(entries)
+        heads = {x: overrides.get(f"joint.mixtures.{x}.num_heads") for x in ("vlm", "action")}
+        heads = {x: config.get("num_heads") if h is None else h for x, h in heads.items()}
+        vlm = torch_layout.mixture_sizes(entries, "vlm.", heads["vlm"])
+        if flow:
+            action = torch_layout.mixture_sizes(entries, "expert.", heads["action"])
+            kind = "pi05" if action["cond_dim"] is not None else "pi0"
+            action_dim, state_dim = (
+                entries[f"{x}.weight"].shape[axis] if f"{x}.weight" in entries else None
+                for x, axis in (("action_out_proj", 0), ("state_proj", 1))
+            )
+            sizes = dict(action_dim=action_dim, state_dim=None if kind == "pi05" else state_dim)
+        vocab_size = entries["embed.weight"].shape[0]
+    except KeyError as error:
+        raise ValueError(_cannot_size(source, str(error.args[0]))) from error
+    if eyes["num_heads"] is None:
+        eyes["num_heads"] = config.get("vision_heads")
+    if flow:
+        horizon = _horizon(config, 4 if open_pi_zero else 50, overrides, notes)
+        compat = "open_pi_zero" if open_pi_zero else "openpi"
+        node = pizero_node(compat, eyes, vlm, action, vocab_size, horizon=horizon, **sizes)
+    else:
+        kind = kind or "paligemma"
+        node = language_node(kind, eyes, vlm, vocab_size)
+    if "rope_base" in config:
+        for mixture in node["joint"]["mixtures"].values():
+            mixture["rope_base"] = config["rope_base"]
+    override(node, overrides)
+    if node["vision"]["num_heads"] is None:
+        raise ValueError(
+            f"{source.path}: SigLIP's number of heads leaves no trace in its weights and its width "
+            f"{eyes['width']} is not a multiple of 72; give overrides={{'vision.num_heads': ...}}"
+        )
+
+    def links() -> Iterator[Link]:
+        yield Link("embedding.weight", "embed.weight")
+        yield from torch_layout.vision(node["vision"])
+        mixtures = node["joint"]["mixtures"]
+        yield from torch_layout.mixture(mixtures["vlm"], "joint.mixtures.vlm.", "vlm.")
+        if flow:
+            yield from torch_layout.mixture(mixtures["action"], "joint.mixtures.action.", "expert.")
+            reverse = node["time_embedding"]["reverse"]
+            yield from torch_layout.flow_heads(node, reverse=reverse, time_first=open_pi_zero)
+
+    as_stored = Links(
+        Link(x.ours, stored.get(x.theirs, x.theirs), x.rule, x.at, x.rows, x.sign)
+        for x in links()
+        if not (open_pi_zero and x.ours == "joint.mixtures.vlm.final_norm.weight")
+    )
+    left_out = [LeftOut(n, "statistics") for n in source.entries if n.startswith(OLD_STATISTICS)]
+    twins = []
+    for spelled, theirs in stored.items():
+        if spelled == "expert.head.weight":
+            left_out.append(LeftOut(theirs, "the action expert's word head: read by nothing"))
+        elif spelled == "head.weight" and flow:
+            left_out.append(LeftOut(theirs, "the word head: a flow policy speaks no words"))
+        elif spelled == "head.weight":
+            left_out.append(LeftOut(theirs, "the word head, tied to the embedding"))
+            twins.append((stored["embed.weight"], theirs))
+        elif spelled.startswith("tied.") and (twin := f"expert.{spelled[5:]}") in stored:
+            left_out.append(LeftOut(theirs, "state and action share one expert, listed twice"))
+            twins.append((stored[twin], theirs))
+    assert kind is not None
+    return Found(source, layout, kind, node, as_stored, tuple(left_out), tuple(twins), tuple(notes))
+
+
+def _jax(source: Source, overrides: dict[str, Any], kind: str | None) -> Found:
+    entries, notes = source.entries, []
+    flow = any(n.startswith("action_in_proj/") for n in entries)
+    try:
+        eyes = jax_layout.vision_sizes(entries)
+        vlm = jax_layout.mixture_sizes(entries, "")
+        vocab_size = entries[f"{jax_layout.LLM}embedder/input_embedding"].shape[0]
+        if flow:
+            action = jax_layout.mixture_sizes(entries, "_1")
+            kind = "pi05" if action["cond_dim"] is not None else "pi0"
+            action_dim = entries["action_in_proj/kernel"].shape[0]
+            state_dim = entries["state_proj/kernel"].shape[0] if kind == "pi0" else None
+            horizon = _horizon({}, 50, overrides, notes)
+            node = pizero_node(
+                *("openpi", eyes, vlm, action, vocab_size),
+                **dict(horizon=horizon, action_dim=action_dim, state_dim=state_dim),
+            )
+        else:
+            kind = kind or "pi0_fast"
+            node = language_node(kind, eyes, vlm, vocab_size)
+    except KeyError as error:
+        raise ValueError(_cannot_size(source, str(error.args[0]))) from error
+    override(node, overrides)
+
+    def links() -> Iterator[Link]:
+        yield Link("embedding.weight", f"{jax_layout.LLM}embedder/input_embedding")
+        yield from jax_layout.vision(node["vision"])
+        mixtures = node["joint"]["mixtures"]
+        yield from jax_layout.mixture(mixtures["vlm"], "joint.mixtures.vlm.", "")
+        if flow:
+            yield from jax_layout.mixture(mixtures["action"], "joint.mixtures.action.", "_1")
+            yield from jax_layout.flow_heads(node)
+
+    return Found(source, "openpi_jax", kind, node, Links(links()), (), (), tuple(notes))
+
+
+def pizero_node(
+    compat: str,
+    vision: Mapping[str, Any],
+    vlm: Mapping[str, Any],
+    action: Mapping[str, Any],
+    vocab_size: int,
+    *,
+    horizon: int,
+    action_dim: int | None,
+    state_dim: int | None,
+) -> dict[str, Any]:
+    """The Hydra node of a flow policy of these sizes, with the conventions of `compat`."""
+    tail = {"vlm": True, "action": False}  # nobody reads the language model's last layer
+    conventions = OmegaConf.load(config_dir() / "compat" / f"{compat}.yaml")
+    sizes = {
+        "_target_": "pizero.model.PiZero",
+        "vision": {"_target_": "pizero.model.SigLIP", **vision},
+        "joint": {
+            "_target_": "pizero.model.JointModel",
+            "mixtures": {
+                name: {
+                    "_target_": "pizero.model.Mixture",
+                    **mixture,
+                    "rope_base": 10_000.0,
+                    "kv_only_tail": tail[name],
+                }
+                for name, mixture in (("vlm", vlm), ("action", action))
+            },
+        },
+        "vocab_size": vocab_size,
+        "horizon": horizon,
+        "action_dim": action_dim,
+        "state_dim": state_dim,
+        "streams": {},
+        "stop_grad": [],
+    }
+    node = OmegaConf.to_container(OmegaConf.merge(sizes, conventions))
+    assert isinstance(node, dict)
+    return {str(key): value for key, value in node.items()}
+
+
+def language_node(
+    kind: str, vision: Mapping[str, Any], vlm: Mapping[str, Any], vocab_size: int
+) -> dict[str, Any]:
+    """The Hydra node of a PaliGemma of these sizes that speaks words or actions."""
+    if kind not in ("paligemma", "pi0_fast"):
+        raise ValueError(f"no flow policy here: expected kind 'paligemma' or 'pi0_fast', {kind!r}")
+    raise ValueError(f"{kind} is not read yet")
+
+
+def override(node: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Set dotted keys of a node. Raises ValueError, with the nearest name, for one it lacks."""
+    for dotted, value in values.items():
+        *path, last = dotted.split(".")
+        inner: Any = node
+        for part in path:
+            inner = inner.get(part) if isinstance(inner, dict) else None
+        if not isinstance(inner, dict) or last not in inner:
+            known = list(_dotted(node))
+            near = get_close_matches(dotted, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {known}"
+            raise ValueError(f"the model has no {dotted!r} to override{hint}")
+        inner[last] = value
+
+
+def _dotted(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
+        elif key != "_target_":
+            yield f"{prefix}{key}"
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    """What a `config.json` beside the weights tells of what the weights do not."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").is_file():
+        return {}
+    try:
+        tree = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    found: dict[str, Any] = {}
+    for key in ("action_horizon", "chunk_size", "n_action_steps"):
+        if key in tree:
+            found["horizon"] = tree[key]
+            break
+    language = tree.get("vlm_config", tree).get("text_config") or {}
+    eyes = tree.get("vlm_config", tree).get("vision_config") or {}
+    if "num_attention_heads" in language:
+        found["num_heads"] = language["num_attention_heads"]
+    if "num_attention_heads" in eyes:
+        found["vision_heads"] = eyes["num_attention_heads"]
+    rope = (language.get("rope_parameters") or {}).get("rope_theta") or language.get("rope_theta")
+    if rope is not None:
+        found["rope_base"] = float(rope)
+    return found
+
+
+def _horizon(
+    config: Mapping[str, Any], default: int, overrides: Mapping[str, Any], notes: list[str]
+) -> int:
+    if "horizon" in config:
+        return config["horizon"]
+    if "horizon" not in overrides:
+        notes.append(
+            f"the chunk length is not stored here: {default} assumed, overrides={{'horizon': ...}} "
+            "changes it"
+        )
+    return default
+
+
+def _refuse_adapters(source: Source) -> None:
+    adapters = [n for n in source.entries if ".lora_A." in n or ".lora_B." in n]
+    if adapters:
+        raise ValueError(
+            f"{source.path} holds LoRA adapters ({len(adapters)} tensors such as {adapters[0]}) "
+            "for a base that is elsewhere: merge them first (PEFT: merge_and_unload)"
+        )
+
+
+def _cannot_size(source: Source, missing: str) -> str:
+    near = get_close_matches(missing, source.entries, n=3, cutoff=0.5)
+    return f"{source.path}: the model's sizes cannot be found without {missing}; " + (
+        f"nearest stored names: {', '.join(near)}" if near else "no stored name is like it"
+    )
+
+
+def _unknown(source: Source) -> str:
+    shown = ", ".join(list(source.entries)[:5])
+    return (
+        f"{source.path}: no known checkpoint of the pi0 family: {len(source.entries)} tensors, the "
+        f"first of them {shown}. Known are PaliGemma, openpi (PyTorch and JAX), LeRobot, "
+        "giga-models, transformers' PI0 and open-pi-zero"
+    )
