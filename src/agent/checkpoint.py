@@ -13,7 +13,6 @@ moment leaves nothing that looks like a checkpoint and is not one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -31,14 +30,23 @@ from pizero.agent.config import build
 from pizero.agent.machine import versions
 from pizero.agent.training.ema import WeightAverage
 from pizero.agent.training.optim import load_optimizer_state, optimizer_state
+from pizero.agent.weights import load_model
+from pizero.agent.weights.folder import (
+    FILES,
+    PREFIX,
+    WEIGHTS,
+    checkpoints,
+    find_checkpoint,
+    model_weights,
+    read_description,
+    write_description,
+)
 
 if TYPE_CHECKING:
     from pizero.data.pipeline import PolicyPipeline
     from pizero.model import PiZero
 
-FORMAT = 1
-FILES = ("stats.json", "tokenizer.model")  # what the pipeline learnt from the data
-_PREFIX, _WRITING, _DELETING = "step_", ".writing_", ".deleting_"
+_WRITING, _DELETING = ".writing_", ".deleting_"
 
 
 def save_checkpoint(
@@ -58,32 +66,26 @@ def save_checkpoint(
     `config` is the resolved configuration as YAML, `files` the folder with stats.json and
     tokenizer.model, `data` a description of the data sets to compare on resuming.
     """
-    final = root / f"{_PREFIX}{step:08d}"
+    final = root / f"{PREFIX}{step:08d}"
     if not final.exists():
         folder = root / f"{_WRITING}{final.name}"
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "training").mkdir(parents=True)
         _write_weights(folder, model, average)
         _write_optimizer(folder, model, optimizer)
-        (folder / "config.yaml").write_text(config)
         for name in FILES:
             if (files / name).exists():
                 shutil.copyfile(files / name, folder / name)
-        nodes = OmegaConf.to_container(OmegaConf.create(config))
-        assert isinstance(nodes, dict)
-        metadata = {
-            "format": FORMAT,
-            "step": step,
-            "samples": samples,
-            "weights": "raw" if average is None else "average",
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "model": nodes["model"],
-            "pipeline": nodes["pipeline"],
-            "files": {name: _digest(folder / name) for name in FILES if (folder / name).exists()},
-            "data": dict(data),
-            "versions": _versions(),
-        }
-        (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+        write_description(
+            folder,
+            config,
+            step=step,
+            samples=samples,
+            weights="raw" if average is None else "average",
+            parameters=sum(p.numel() for p in model.parameters()),
+            data=dict(data),
+            versions=_versions(),
+        )
         for path in (*folder.rglob("*"), folder):
             _force_to_disk(path)
         folder.rename(final)
@@ -96,6 +98,7 @@ def load_checkpoint(
     path: str | Path,
     *,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
     packages: Sequence[str] = ("pizero",),
 ) -> tuple[DictConfig, PiZero, PolicyPipeline, dict[str, Any]]:
     """Configuration, model with its weights, pipeline and metadata, from the folder alone.
@@ -106,65 +109,14 @@ def load_checkpoint(
     """
     folder = find_checkpoint(path)
     config, metadata = read_description(folder)
-    with torch.device(device):
-        model = build(config.model, path="model", packages=packages)
-    load_weights(model, load_file(folder / "model.safetensors", device=str(device)), folder)
+    model = load_model(folder, device=device, dtype=dtype, packages=packages).model
     pipeline = build_pipeline(config.pipeline, folder, packages=packages)
-    return config, model.to(device).eval(), pipeline, metadata
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or the newest of a run."""
-    path = Path(path)
-    for folder in (path, path / "latest", path / "checkpoints" / "latest"):
-        if (folder / "metadata.json").is_file():
-            return folder.resolve()
-    if newest := newest_checkpoint(path / "checkpoints"):
-        return newest
-    raise FileNotFoundError(
-        f"no checkpoint at {path}: expected a folder with metadata.json and model.safetensors, "
-        "or a run folder with checkpoints/"
-    )
-
-
-def newest_checkpoint(root: Path) -> Path | None:
-    """The folder of the largest step under `root`; a folder with this name is always whole."""
-    folders = checkpoints(root)
-    return folders[-1] if folders else None
-
-
-def checkpoints(root: Path) -> list[Path]:
-    """All checkpoint folders under `root`, oldest first."""
-    return sorted(root.glob(f"{_PREFIX}*")) if root.is_dir() else []
+    return config, model, pipeline, metadata
 
 
 def step_of(folder: Path) -> int:
     """The step a checkpoint folder's name tells."""
-    return int(folder.name.removeprefix(_PREFIX))
-
-
-def read_description(folder: Path) -> tuple[DictConfig, dict[str, Any]]:
-    """A checkpoint's configuration and metadata, after checking that its parts agree."""
-    config = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(config, DictConfig)
-    metadata = json.loads((folder / "metadata.json").read_text())
-    if metadata["format"] != FORMAT:
-        raise ValueError(f"{folder} has format {metadata['format']}, this version reads {FORMAT}")
-    nodes = OmegaConf.to_container(config)
-    assert isinstance(nodes, dict)
-    wrong = [
-        f"{key} is {was!r} in metadata.json and {now!r} in config.yaml"
-        for part in ("model", "pipeline")
-        for key, was, now in differences(metadata[part], nodes[part], part)
-    ]
-    wrong += [
-        f"{name} had digest {digest} when it was saved and has {_digest(folder / name)} now"
-        for name, digest in metadata["files"].items()
-        if _digest(folder / name) != digest
-    ]
-    if wrong:
-        raise ValueError(f"the parts of {folder} do not belong together: " + "; ".join(wrong))
-    return config, metadata
+    return int(folder.name.removeprefix(PREFIX))
 
 
 def build_pipeline(
@@ -178,17 +130,6 @@ def build_pipeline(
         statistics=folder / "stats.json",
         tokenizer=folder / "tokenizer.model",
     )
-
-
-def model_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and saved buffers by name, each tensor once even where modules share it."""
-    seen: set[int] = set()
-    weights = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            weights[name] = tensor.detach()
-    return weights
 
 
 @torch.no_grad()
@@ -217,7 +158,7 @@ def load_training_state(
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Put a run back exactly where it was when `folder` was written."""
-    weights = load_file(folder / "model.safetensors")
+    weights = load_file(folder / WEIGHTS)
     raw = folder / "training" / "weights.safetensors"
     load_weights(model, weights | (load_file(raw) if raw.exists() else {}), folder)
     if average is not None:
@@ -247,24 +188,13 @@ def clean(root: Path) -> None:
                 shutil.rmtree(folder)
 
 
-def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted keys at which two plain trees differ, with both values."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        found = []
-        for key in [*old, *(k for k in new if k not in old)]:
-            inner = f"{path}.{key}" if path else str(key)
-            found += differences(old.get(key), new.get(key), inner)
-        return found
-    return [] if old == new else [(path, old, new)]
-
-
 def _write_weights(folder: Path, model: nn.Module, average: WeightAverage | None) -> None:
     weights = model_weights(model)
     if average is not None:
         raw = {name: weights[name] for name in average.average}
         _save(raw, folder / "training" / "weights.safetensors")
         weights |= average.average
-    _save(weights, folder / "model.safetensors")
+    _save(weights, folder / WEIGHTS)
 
 
 def _write_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -301,7 +231,3 @@ def _force_to_disk(path: Path) -> None:
 def _versions() -> dict[str, str]:
     """Asking git takes a while, and the code that runs stays what it was when it was loaded."""
     return versions()
-
-
-def _digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None

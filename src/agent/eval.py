@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from pizero.agent.checkpoint import find_checkpoint
 from pizero.agent.config import build, to_yaml
 from pizero.agent.driving.episodes import Episode, EpisodeLog, EpisodeResult, write_atomically
 from pizero.agent.driving.films import FilmConfig, action_file, choose_films, film_episodes
@@ -40,6 +39,7 @@ from pizero.agent.env.client import EnvClient
 from pizero.agent.machine import hardware, versions
 from pizero.agent.policy import Policy, load_policy
 from pizero.agent.report import write_report
+from pizero.agent.weights.folder import find_checkpoint
 
 log = logging.getLogger(__name__)
 

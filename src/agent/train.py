@@ -10,6 +10,7 @@ however the batch is split into ranks and passes.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +20,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 from pizero.agent import checkpoint
@@ -32,10 +32,14 @@ from pizero.agent.training.noise import flow_draws
 from pizero.agent.training.optim import freeze, make_optimizer, set_rate
 from pizero.agent.training.progress import Journal, duration
 from pizero.agent.training.validate import validate
+from pizero.agent.weights import inspect, load_into
+from pizero.agent.weights.folder import read_description
 from pizero.data.hashing import mix_bits
 from pizero.data.loader import TrainLoader, ValLoader
 from pizero.model import PiZero
 from pizero.types import Batch, Tensor
+
+log = logging.getLogger(__name__)
 
 
 class TrainWorkspace:
@@ -230,8 +234,11 @@ class Trainer:
                 f"model.vocab_size is {config.model['vocab_size']}; make it at least as large"
             )
         if config.init_from is not None:
-            source = checkpoint.find_checkpoint(config.init_from)
-            checkpoint.load_weights(model, load_file(source / "model.safetensors"), source)
+            found = inspect(config.init_from)
+            # PaliGemma brings eyes and words; the action expert beside it starts from scratch.
+            report = load_into(model, found, may_initialise=found.kind == "paligemma")
+            if self.ranks.is_main:
+                log.info("%s", report)
         freeze(model, config.freeze)
         model = model.to(self.ranks.device).train()
         if config.compile:
@@ -240,7 +247,7 @@ class Trainer:
 
     def _return_to(self, previous: Path) -> None:
         if self.config.resume is not Resume.changed:
-            _, metadata = checkpoint.read_description(previous)
+            _, metadata = read_description(previous)
             resume.refuse_other_data(metadata["data"], self.data)
         checkpoint.load_training_state(
             previous, model=self.model, average=self.average, optimizer=self.optimizer

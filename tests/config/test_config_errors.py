@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from pizero.agent.checkpoint import differences
 from pizero.agent.config import (
     TrainConfig,
     build,
@@ -20,6 +19,7 @@ from pizero.agent.config import (
     to_yaml,
     typed_root,
 )
+from pizero.agent.weights.folder import differences
 
 
 class Part:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pizero.agent.checkpoint import find_checkpoint
 from pizero.agent.config import load_config
 from pizero.agent.train import TrainWorkspace
+from pizero.agent.weights.folder import find_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,17 +10,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pizero.agent import checkpoint
 from pizero.agent.checkpoint import (
     clean,
-    find_checkpoint,
     load_checkpoint,
     load_weights,
-    newest_checkpoint,
     prune,
 )
 from pizero.agent.config import load_config
 from pizero.agent.train import TrainWorkspace
+from pizero.agent.weights.folder import (
+    checkpoints,
+    find_checkpoint,
+    model_weights,
+    newest_checkpoint,
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +111,12 @@ def test_weights_that_do_not_fit_are_listed(copy: Path) -> None:
     weights["action_decoder.bias"] = torch.zeros(9)
     weights["extra.weight"] = weights.pop("action_decoder.weight")
     save_file(weights, path)
-    with pytest.raises(ValueError, match="3 weights do not fit") as caught:
+    with pytest.raises(ValueError, match="does not fit in 3 places") as caught:
         load_checkpoint(copy)
     text = str(caught.value)
-    assert "action_decoder.bias: [9] in" in text
-    assert "[4] in the model" in text
-    assert "extra.weight: in" in text
-    assert "action_decoder.weight: in the model only" in text
+    assert "action_decoder.bias: shape [9] does not give [4]" in text
+    assert "the model has no extra.weight" in text
+    assert "action_decoder.weight: missing" in text
 
 
 def test_other_format_is_refused(copy: Path) -> None:
@@ -135,7 +137,7 @@ def test_code_from_elsewhere_is_not_run(copy: Path) -> None:
 def test_shared_weights_are_stored_once() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     model["b"].weight = model["a"].weight
-    stored = checkpoint.model_weights(model)
+    stored = model_weights(model)
     assert set(stored) == {"a.weight", "a.bias", "b.bias"}
     load_weights(model, {name: torch.ones_like(t) for name, t in stored.items()}, "here")
     assert model["b"].weight.eq(1).all()
@@ -145,9 +147,7 @@ def test_pruning_and_cleaning(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10):
         (tmp_path / f"step_{step:08d}" / "training").mkdir(parents=True)
     prune(tmp_path, keep_last=2, keep_every=4)
-    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == [
-        f"step_{n:08d}" for n in (4, 8, 10)
-    ]
+    assert [p.name for p in checkpoints(tmp_path)] == [f"step_{n:08d}" for n in (4, 8, 10)]
     (tmp_path / ".writing_step_00000012").mkdir()
     (tmp_path / ".deleting_step_00000002").mkdir()
     (tmp_path / ".writing_latest").symlink_to("step_00000010")

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pizero.agent.checkpoint import find_checkpoint, load_checkpoint
+from pizero.agent.checkpoint import load_checkpoint
 from pizero.agent.config import Precision, Resume, TrainConfig, load_config
 from pizero.agent.train import Trainer, TrainWorkspace
 from pizero.agent.training.distributed import Ranks, StopSignals
 from pizero.agent.training.noise import flow_draws
+from pizero.agent.weights.folder import find_checkpoint
 
 QUICK = [
     "threads=1",

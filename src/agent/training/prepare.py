@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pizero.agent.checkpoint import FILES
 from pizero.agent.config import TrainConfig
 from pizero.agent.training.distributed import Ranks
+from pizero.agent.weights.folder import FILES
 from pizero.data.dataset import RldsDataset
 from pizero.data.mix import Mix
 from pizero.data.stats import compute_statistics, load_statistics, save_statistics

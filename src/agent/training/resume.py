@@ -7,8 +7,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pizero.agent.checkpoint import differences, newest_checkpoint, read_description, step_of
+from pizero.agent.checkpoint import step_of
 from pizero.agent.config import Resume, TrainConfig, to_yaml
+from pizero.agent.weights.folder import differences, newest_checkpoint, read_description
 
 # Keys that may differ between two sittings of one run: where and how fast it runs, what it says
 # and keeps. Splitting a batch otherwise, or another device, changes rounding and nothing else.

@@ -18,8 +18,10 @@ from omegaconf import OmegaConf
 
 from pizero.agent.config import config_dir
 from pizero.agent.weights import jax_layout, torch_layout
+from pizero.agent.weights.folder import UNREAD, WEIGHTS, own_folder, read_description
 from pizero.agent.weights.links import LeftOut, Link, Links
 from pizero.agent.weights.lora import MergedLora
+from pizero.agent.weights.safetensors_file import SafetensorsSource
 from pizero.agent.weights.source import Source, open_source
 from pizero.agent.weights.spelling import spell_all
 
@@ -31,7 +33,7 @@ OLD_STATISTICS = ("normalize_inputs.", "normalize_targets.", "unnormalize_output
 class Found:
     """A checkpoint understood.
 
-    layout    "openpi_torch" (LeRobot's, giga's and transformers' pi0 too), "openpi_jax",
+    layout    "pizero", "openpi_torch" (LeRobot's, giga's and transformers' pi0 too), "openpi_jax",
               "open_pi_zero" or "paligemma"
     kind      one of KINDS
     model     the Hydra node of the model, with every argument
@@ -68,11 +70,28 @@ def inspect(
     "vision.num_heads": 4}. `kind` "pi0_fast" tells a PaliGemma that speaks actions from one that
     speaks words, which have the same tensors.
     """
-    source = open_source(path) if isinstance(path, str | Path) else path
     overrides = dict(overrides or {})
+    if isinstance(path, str | Path) and (folder := own_folder(path)):
+        return _own(folder, overrides)
+    source = open_source(path) if isinstance(path, str | Path) else path
     if any(name.startswith("PaliGemma/") for name in source.entries):
         return _jax(MergedLora(source), overrides, kind)
     return _torch(source, overrides, kind)
+
+
+def _own(folder: Path, overrides: dict[str, Any]) -> Found:
+    config, _ = read_description(folder)
+    node = OmegaConf.to_container(config.model, resolve=True)
+    assert isinstance(node, dict)
+    node = {str(key): value for key, value in node.items()}
+    override(node, overrides)
+    unread = folder / UNREAD
+    source = SafetensorsSource(folder / WEIGHTS, *([unread] if unread.is_file() else []))
+    links = Links(Link(name, name) for name in source.entries)
+    named = {"PiZeroFast": "pi0_fast", "PaliGemma": "paligemma"}
+    flow = "pi05" if node.get("state_dim") is None else "pi0"
+    kind = named.get(str(node["_target_"]).rsplit(".", 1)[-1], flow)
+    return Found(source, "pizero", kind, node, links, (), (), ())
 
 
 def _torch(source: Source, overrides: dict[str, Any], kind: str | None) -> Found:
@@ -93,26 +112,25 @@ def _torch(source: Source, overrides: dict[str, Any], kind: str | None) -> Found
         heads = {x: overrides.get(f"joint.mixtures.{x}.num_heads") for x in ("vlm", "action")}
         heads = {x: config.get("num_heads") if h is None else h for x, h in heads.items()}
         vlm = torch_layout.mixture_sizes(entries, "vlm.", heads["vlm"])
+        vocab_size = entries["embed.weight"].shape[0]
+        if eyes["num_heads"] is None:
+            eyes["num_heads"] = config.get("vision_heads")
         if flow:
             action = torch_layout.mixture_sizes(entries, "expert.", heads["action"])
             kind = "pi05" if action["cond_dim"] is not None else "pi0"
-            action_dim, state_dim = (
-                entries[f"{x}.weight"].shape[axis] if f"{x}.weight" in entries else None
-                for x, axis in (("action_out_proj", 0), ("state_proj", 1))
+            state = entries.get("state_proj.weight") if kind == "pi0" else None
+            node = pizero_node(
+                "open_pi_zero" if open_pi_zero else "openpi",
+                *(eyes, vlm, action, vocab_size),
+                horizon=_horizon(config, 4 if open_pi_zero else 50, overrides, notes),
+                action_dim=entries["action_out_proj.weight"].shape[0],
+                state_dim=None if state is None else state.shape[1],
             )
-            sizes = dict(action_dim=action_dim, state_dim=None if kind == "pi05" else state_dim)
-        vocab_size = entries["embed.weight"].shape[0]
+        else:
+            kind = kind or "paligemma"
+            node = language_node(kind, eyes, vlm, vocab_size)
     except KeyError as error:
         raise ValueError(_cannot_size(source, str(error.args[0]))) from error
-    if eyes["num_heads"] is None:
-        eyes["num_heads"] = config.get("vision_heads")
-    if flow:
-        horizon = _horizon(config, 4 if open_pi_zero else 50, overrides, notes)
-        compat = "open_pi_zero" if open_pi_zero else "openpi"
-        node = pizero_node(compat, eyes, vlm, action, vocab_size, horizon=horizon, **sizes)
-    else:
-        kind = kind or "paligemma"
-        node = language_node(kind, eyes, vlm, vocab_size)
     if "rope_base" in config:
         for mixture in node["joint"]["mixtures"].values():
             mixture["rope_base"] = config["rope_base"]
@@ -165,12 +183,12 @@ def _jax(source: Source, overrides: dict[str, Any], kind: str | None) -> Found:
         if flow:
             action = jax_layout.mixture_sizes(entries, "_1")
             kind = "pi05" if action["cond_dim"] is not None else "pi0"
-            action_dim = entries["action_in_proj/kernel"].shape[0]
-            state_dim = entries["state_proj/kernel"].shape[0] if kind == "pi0" else None
-            horizon = _horizon({}, 50, overrides, notes)
+            state = entries["state_proj/kernel"] if kind == "pi0" else None
             node = pizero_node(
                 *("openpi", eyes, vlm, action, vocab_size),
-                **dict(horizon=horizon, action_dim=action_dim, state_dim=state_dim),
+                horizon=_horizon({}, 50, overrides, notes),
+                action_dim=entries["action_in_proj/kernel"].shape[0],
+                state_dim=None if state is None else state.shape[0],
             )
         else:
             kind = kind or "pi0_fast"
@@ -199,7 +217,7 @@ def pizero_node(
     vocab_size: int,
     *,
     horizon: int,
-    action_dim: int | None,
+    action_dim: int,
     state_dim: int | None,
 ) -> dict[str, Any]:
     """The Hydra node of a flow policy of these sizes, with the conventions of `compat`."""

@@ -6,10 +6,9 @@ arrive, so memory peaks little above the model itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from pizero.agent.config import build
+from pizero.agent.weights.folder import model_weights
 from pizero.agent.weights.inspect import Found, inspect
 from pizero.agent.weights.links import LeftOut
 from pizero.agent.weights.lora import MergedLora
@@ -42,18 +42,23 @@ def load_model(
     dtype: torch.dtype | None = None,
     overrides: Mapping[str, Any] | None = None,
     kind: str | None = None,
+    packages: Sequence[str] = ("pizero",),
 ) -> Loaded:
     """The model of any published checkpoint, in eval mode.
 
     `dtype` None keeps what is stored for the bulk of the weights; norms and the small layers that
     the flow is integrated through are float32 whatever the bulk is, as published inference has
-    them. float64 holds for all. `overrides` and `kind` as in `inspect`.
+    them. float64 holds for all. `overrides` and `kind` as in `inspect`; only classes from
+    `packages` are built.
 
     Raises ValueError when anything is missing, unexplained or of the wrong shape.
     """
     found = inspect(path, overrides=overrides, kind=kind)
     with torch.device("meta"):
-        model = build(found.model, path="model", packages=("pizero",))
+        model = build(found.model, path="model", packages=packages)
+    if dict(model.named_buffers()).keys() - model.state_dict().keys():
+        # Buffers that are not saved are made by the constructor, so it has to run for real.
+        model = build(found.model, path="model", packages=packages).to(device)
     bulk = found.source.entries[_bulk(found)].dtype if dtype is None else dtype
     if bulk == torch.float64:
         model.double()
@@ -77,7 +82,7 @@ def load_into(
     expert beside PaliGemma's weights); the report names them.
     """
     found = path if isinstance(path, Found) else inspect(path)
-    own = dict(model.named_parameters())
+    own = model_weights(model)
     report = _checked(own, found, may_initialise)
     for pair in found.twins:
         one, other = (found.source.read(name) for name in pair)
@@ -89,15 +94,14 @@ def load_into(
         del one, other
     entries = found.source.entries
     wanted = [n for n, links in found.links.by_theirs.items() if any(x.ours in own for x in links)]
-    for name in sorted(wanted, key=lambda n: -prod(entries[n].shape)):
+    for name in sorted(wanted, key=lambda n: -entries[n].num_elements):
         stored = found.source.read(name)
         for link in found.links.by_theirs[name]:
             if link.ours not in own:
                 continue
             if own[link.ours].is_meta:
                 own[link.ours] = _come_alive(model, link.ours, device)
-            piece = link.read(stored)
-            whole = own[link.ours].data
+            piece, whole = link.read(stored), own[link.ours]
             (whole if link.rows is None else whole[slice(*link.rows)]).copy_(piece)
             norm = torch.linalg.vector_norm(piece, dtype=torch.float64).item()
             if norm != norm or norm == float("inf"):
@@ -107,7 +111,7 @@ def load_into(
     return report
 
 
-def _checked(own: Mapping[str, nn.Parameter], found: Found, may_initialise: bool) -> LoadReport:
+def _checked(own: Mapping[str, torch.Tensor], found: Found, may_initialise: bool) -> LoadReport:
     """The report of a load that will succeed; ValueError, with all that is wrong, for another."""
     entries, links = found.source.entries, found.links
     left_out = {x.theirs: x for x in found.left_out}
@@ -121,17 +125,16 @@ def _checked(own: Mapping[str, nn.Parameter], found: Found, may_initialise: bool
                 left_out[name] = LeftOut(name, UNREAD)
             else:
                 wrong.append(f"{name}: the model has no {group[0].ours}")
-    for name, entry in entries.items():
+    for name in entries:
         if name not in links.by_theirs and name not in left_out:
             wrong.append(f"{name}: not explained{_near(name, links.by_theirs, entries)}")
-        elif name not in left_out and not entry.dtype.is_floating_point:
-            wrong.append(f"{name}: expected floating-point numbers, got {entry.dtype}")
-    for name, parameter in own.items():
+    for name, tensor in own.items():
         pieces = links.by_ours.get(name, ())
         expert = report.experts.setdefault(expert_of(name), ExpertReport())
         absent = [x.theirs for x in pieces if x.theirs not in entries]
         if not pieces and may_initialise:
             expert.initialised += 1
+            expert.parameters += tensor.numel()
             report.initialised.append(name)
             continue
         if absent or not pieces:
@@ -140,7 +143,7 @@ def _checked(own: Mapping[str, nn.Parameter], found: Found, may_initialise: bool
                 wrong.append(f"{theirs}: missing{near}")
             continue
         for x in pieces:
-            shape = list(parameter.shape)
+            shape = list(tensor.shape)
             if x.rows is not None:
                 shape[0] = x.rows[1] - x.rows[0]
             try:
@@ -150,11 +153,14 @@ def _checked(own: Mapping[str, nn.Parameter], found: Found, may_initialise: bool
             if got != shape:
                 stored = list(entries[x.theirs].shape)
                 wrong.append(f"{x.theirs}: shape {stored} does not give {shape} of {name}")
-            expert.dtypes.add(entries[x.theirs].dtype)
-        expert.parameters += parameter.numel()
+            dtype = entries[x.theirs].dtype
+            if dtype.is_floating_point != tensor.is_floating_point():
+                wrong.append(f"{x.theirs}: {dtype} cannot be the numbers of {name}, {tensor.dtype}")
+            expert.dtypes.add(dtype)
+        expert.parameters += tensor.numel()
         if len(pieces) > 1:
             expert.merged += 1
-        elif pieces[0].theirs == name:
+        elif [x.theirs for x in pieces] == [name]:
             expert.loaded += 1
         else:
             expert.renamed += 1
@@ -165,27 +171,32 @@ def _checked(own: Mapping[str, nn.Parameter], found: Found, may_initialise: bool
             f"{len(wrong)} places:\n  {shown}"
         )
     report.left_out = list(left_out.values())
-    report.left_out_parameters = sum(prod(entries[n].shape) for n in left_out)
+    report.left_out_parameters = sum(entries[n].num_elements for n in left_out)
     return report
 
 
 def _bulk(found: Found) -> str:
     """The stored tensor whose dtype stands for the checkpoint: the largest."""
-    return max(found.source.entries, key=lambda n: prod(found.source.entries[n].shape))
+    return max(found.source.entries, key=lambda n: found.source.entries[n].num_elements)
 
 
 def _is_unread(ours: str) -> bool:
     return ours.startswith("joint.mixtures.vlm.")
 
 
-def _come_alive(model: nn.Module, name: str, device: torch.device | str) -> nn.Parameter:
-    """Real, uninitialised memory for a parameter on meta."""
+def _come_alive(model: nn.Module, name: str, device: torch.device | str) -> torch.Tensor:
+    """Real, uninitialised memory for a tensor on meta, wherever modules share it."""
     *path, last = name.split(".")
-    module = model.get_submodule(".".join(path))
-    old = getattr(module, last)
-    new = nn.Parameter(torch.empty_like(old, device=device), requires_grad=old.requires_grad)
-    setattr(module, last, new)
-    return new
+    old = getattr(model.get_submodule(".".join(path)), last)
+    new = torch.empty_like(old, device=device)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    for module in model.modules():
+        for key in [
+            k for k, t in (*module._parameters.items(), *module._buffers.items()) if t is old
+        ]:
+            setattr(module, key, new)
+    return new.detach()
 
 
 def _near(name: str, candidates: Mapping[str, Any], matched: Mapping[str, Any]) -> str:

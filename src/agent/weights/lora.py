@@ -53,8 +53,12 @@ class MergedLora:
                 )
         return {leaf: (parts["a"], parts["b"]) for leaf, parts in found.items()}
 
-    @cached_property
+    @property
     def entries(self) -> Mapping[str, Entry]:
+        return self._whole
+
+    @cached_property
+    def _whole(self) -> Mapping[str, Entry]:
         gone = {name for pair in self.adapted.values() for name in pair}
         return {name: entry for name, entry in self.base.entries.items() if name not in gone}
 

@@ -48,7 +48,7 @@ class _Place(NamedTuple):
 class SafetensorsSource:
     """The tensors of one safetensors file, or of all shards of an index."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *more: Path) -> None:
         self.path = path
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] = {}
@@ -57,6 +57,8 @@ class SafetensorsSource:
             self._add_shards(path)
         else:
             self._add(path)
+        for other in more:
+            self._add(other)
 
     def read(self, name: str) -> Tensor:
         place = self._places[name]

@@ -45,10 +45,10 @@ class TorchSource:
             count = storage.nbytes() // tensor.dtype.itemsize
             self.entries[name] = Entry(tuple(tensor.shape), tensor.dtype)
             self._places[name] = _Place(
-                offset=storage._checkpoint_offset,  # pyright: ignore[reportAttributeAccessIssue]
+                offset=int(storage._checkpoint_offset or 0),
                 storage=Entry((count,), tensor.dtype),
                 stride=tensor.stride(),
-                first=tensor.storage_offset(),
+                first=int(tensor.storage_offset()),
             )
 
     def read(self, name: str) -> Tensor:
