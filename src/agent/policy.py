@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pizero.data.pipeline import PolicyPipeline
     from pizero.model import PiZero
 
+Array = np.ndarray | torch.Tensor
 DEFAULT_NUM_STEPS = 10
 
 
@@ -60,28 +61,40 @@ class Policy:
     def act(
         self,
         *,
-        images: Mapping[str, np.ndarray | None],
-        text: str,
-        state: np.ndarray | None,
-        noise: Float[Tensor, "horizon action_dim"] | None = None,
+        images: Mapping[str, Array | None],
+        text: str | Sequence[str],
+        state: Array | None = None,
+        noise: Array | None = None,
         generator: torch.Generator | None = None,
+        num_steps: int | None = None,
     ) -> np.ndarray:
         """The action chunk float32 [horizon action_dim] in the robot's units.
 
-        `images` maps every camera of the policy to uint8 [height width 3], or to None where the
-        robot lacks it. Without `noise` the start of the flow is drawn from `generator` (a CPU
+        `images` maps every camera of the policy to uint8 [height width 3] of any size, or to None
+        where the robot lacks it. Arrays may be numpy's or torch's. Several sentences make a batch:
+        everything else then has a first axis of that length, and so has the result.
+
+        Without `noise` [horizon action_dim] the start of the flow is drawn from `generator` (a CPU
         generator), or from torch's own, and scaled by `noise_scale`; given noise is used as it is.
+        `num_steps` is the policy's own where it is None.
         """
+        alone = isinstance(text, str)
+        observations = _rows(images, [text] if alone else text, state, alone=alone)
         if noise is None:
-            noise = self.noise_scale * torch.randn(self.noise_shape, generator=generator)
-        observation = {"images": images, "text": text, "state": state}
-        return self.act_batch([observation], noise=noise[None])[0]
+            shape = (len(observations), *self.noise_shape)
+            start = self.noise_scale * torch.randn(shape, generator=generator)
+        else:
+            start = torch.as_tensor(noise, dtype=torch.float32)
+            start = start[None] if alone else start
+        actions = self.act_batch(observations, noise=start, num_steps=num_steps)
+        return actions[0] if alone else actions
 
     def act_batch(
         self,
         observations: Sequence[Mapping[str, Any]],
         *,
         noise: Float[Tensor, "b horizon action_dim"],
+        num_steps: int | None = None,
     ) -> np.ndarray:
         """One model call for several observations: float32 [b horizon action_dim] in robot units.
 
@@ -96,7 +109,8 @@ class Policy:
             )
         batch = self.observe(observations)
         with torch.inference_mode():
-            actions = self.model.sample(batch, noise.to(self.device), self.num_steps)
+            steps = self.num_steps if num_steps is None else num_steps
+            actions = self.model.sample(batch, noise.to(self.device), steps)
         return np.stack(
             [
                 self.pipeline.decode_actions(chunk, _present(observation["state"]))
@@ -169,6 +183,35 @@ def keyed_noise(shape: tuple[int, ...], *key: int | str) -> Tensor:
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.randn(shape, generator=generator)
+
+
+def _rows(
+    images: Mapping[str, Array | None],
+    texts: Sequence[str],
+    state: Array | None,
+    *,
+    alone: bool,
+) -> list[dict[str, Any]]:
+    """A batch's rows, from arrays with a first axis of its length (none where `alone`)."""
+
+    def split(name: str, array: Array | None) -> Sequence[np.ndarray | None]:
+        if array is None:
+            return [None] * len(texts)
+        rows = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+        rows = np.asarray(rows)[None] if alone else np.asarray(rows)
+        if len(rows) != len(texts):
+            raise ValueError(
+                f"{len(texts)} sentences make a batch of {len(texts)}, but {name} has shape "
+                f"{list(rows.shape)}"
+            )
+        return list(rows)
+
+    pictures = {camera: split(f"camera {camera!r}", views) for camera, views in images.items()}
+    states = split("state", state)
+    return [
+        {"images": {c: views[i] for c, views in pictures.items()}, "text": t, "state": states[i]}
+        for i, t in enumerate(texts)
+    ]
 
 
 def _present(state: np.ndarray | None) -> np.ndarray | None:

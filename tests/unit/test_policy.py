@@ -49,6 +49,26 @@ def test_a_chunk_in_robot_units(policy):
     np.testing.assert_allclose(policy.act(**observation(0), noise=noise), expected, atol=1e-4)
 
 
+def test_several_sentences_are_a_batch(policy):
+    """Arrays of numpy and torch, noise of either, and a number of steps of one's own."""
+    rows = [observation(i) for i in range(3)]
+    noise = torch.stack([keyed_noise(policy.noise_shape, i) for i in range(3)])
+    cameras = {c: np.stack([o["images"][c] for o in rows]) for c in ("corner", "wrist")}
+    states = np.stack([o["state"] for o in rows])
+    texts = [o["text"] for o in rows]
+    together = policy.act(images=cameras, text=texts, state=states, noise=noise.numpy())
+    assert together.shape == (3, 4, 4)
+    alone = [policy.act(**o, noise=n) for o, n in zip(rows, noise, strict=True)]
+    np.testing.assert_allclose(together, np.stack(alone), atol=2e-5)
+    tensors = {c: torch.from_numpy(v) for c, v in cameras.items()}
+    again = policy.act(images=tensors, text=texts, state=torch.from_numpy(states), noise=noise)
+    np.testing.assert_array_equal(again, together)
+    one_step = policy.act(**rows[0], noise=noise[0], num_steps=1)
+    assert not np.allclose(one_step, together[0], atol=1e-3)
+    with pytest.raises(ValueError, match=r"3 sentences make a batch of 3, but state has shape \[2"):
+        policy.act(images=cameras, text=texts, state=states[:2])
+
+
 def test_a_row_does_not_depend_on_its_batch(policy):
     texts = ("move right", "go to the left wall", "go", "go to the right wall")
     observations = [observation(i, text=text) for i, text in enumerate(texts)]
