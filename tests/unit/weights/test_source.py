@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,9 @@ TENSORS = {
     "mask": torch.tensor([[True, False], [False, True]]),
     "nothing": torch.zeros(0, 3),
 }
+
+
+PUBLISHED = Path(__file__).parents[2] / "data" / "fixtures" / "openpi_orbax"
 
 
 class Code:
@@ -83,7 +87,7 @@ def test_sharded_safetensors(tmp_path):
 def test_a_missing_shard_is_named(tmp_path):
     write_shards(tmp_path)
     (tmp_path / "part/model-2.safetensors").unlink()
-    with pytest.raises(ValueError, match="1 of the 2 shards .* are missing: part/model-2.safet"):
+    with pytest.raises(ValueError, match=r"1 of the 2 shards .* are missing: part/model-2.safet"):
         open_source(tmp_path)
 
 
@@ -92,7 +96,9 @@ def test_an_index_that_disagrees_with_its_shards(tmp_path):
     content = json.loads(index.read_text())
     content["weight_map"]["lost"] = content["weight_map"].pop("step")
     index.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="lost is not in part/model-2.*; step is not in the index"):
+    with pytest.raises(
+        ValueError, match=r"lost is not in part/model-2.*; step is not in the index"
+    ):
         open_source(tmp_path)
     index.write_text("{}")
     with pytest.raises(ValueError, match="no readable `weight_map`"):
@@ -139,13 +145,28 @@ def test_weights_in_memory():
 @pytest.mark.parametrize("database", [True, False], ids=["ocdbt", "folders"])
 @pytest.mark.parametrize("version", [2, 3], ids=["zarr", "zarr3"])
 def test_orbax(tmp_path, database, version):
-    tensors = {"a/b": TENSORS["embed"], "a/value/kernel": torch.randn(5, 6), "step": TENSORS["step"]}
+    tensors = {
+        "a/b": TENSORS["embed"],
+        "a/value/kernel": torch.randn(5, 6),
+        "step": TENSORS["step"],
+    }
     params = orbax_folder(tmp_path / "7" / "params", tensors, database=database, version=version)
     (tmp_path / "7" / "train_state").mkdir()
     for path in (params, tmp_path / "7"):
         source = open_source(path)
         assert_holds(source, tensors)
         assert source.path == params
+
+
+@pytest.mark.parametrize("folder", ["checkpoint", "checkpoint/params", "checkpoint_no_value"])
+def test_numbers_that_openpi_saved(folder):
+    facts = json.loads((PUBLISHED / "case.json").read_text())["checkpoint_facts"]
+    source = open_source(PUBLISHED / folder)
+    assert {n: list(e.shape) for n, e in source.entries.items()} == facts["leaf_shapes"]
+    for name, expected in facts["leaf_sum_and_sum_of_squares_of_the_float32_values"].items():
+        assert source.entries[name].dtype == torch.float32
+        values = source.read(name).double()
+        assert [values.sum(), values.square().sum()] == pytest.approx(expected, rel=1e-12, abs=1e-9)
 
 
 def test_names_of_orbax_keep_what_is_not_a_wrapping(tmp_path):
@@ -156,7 +177,7 @@ def test_names_of_orbax_keep_what_is_not_a_wrapping(tmp_path):
 
 def test_orbax_without_tensorstore(tmp_path, monkeypatch):
     orbax_folder(tmp_path, {"a": torch.ones(2)})
-    monkeypatch.setitem(__import__("sys").modules, "tensorstore", None)
+    monkeypatch.setitem(sys.modules, "tensorstore", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs tensorstore: pip install 'pizero\[orbax"):
         open_source(tmp_path)
 
@@ -171,7 +192,9 @@ def test_a_truncated_orbax_file(tmp_path):
 
 @pytest.mark.parametrize("database", [True, False], ids=["ocdbt", "folders"])
 def test_a_lost_orbax_file(tmp_path, database):
-    params = orbax_folder(tmp_path, {"a": torch.randn(50, 60), "b": torch.ones(5)}, database=database)
+    params = orbax_folder(
+        tmp_path, {"a": torch.randn(50, 60), "b": torch.ones(5)}, database=database
+    )
     data = max((p for p in params.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     data.unlink()
     with pytest.raises(ValueError, match="incomplete or damaged at a: "):
@@ -207,7 +230,7 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path):
     save_file(TENSORS, path)
     source = open_source(path)
     truncate(path, -1)
-    with pytest.raises(ValueError, match="is truncated: .* bytes expected at"):
+    with pytest.raises(ValueError, match=r"is truncated: .* bytes expected at"):
         [source.read(name) for name in TENSORS]
 
 
@@ -239,7 +262,7 @@ def test_a_header_whose_sizes_disagree(tmp_path):
 def test_a_truncated_torch_file(tmp_path, keep):
     torch.save({"model": TENSORS}, tmp_path / "model.pt")
     truncate(tmp_path / "model.pt", keep)
-    with pytest.raises(ValueError, match="model.pt .*truncated"):
+    with pytest.raises(ValueError, match=r"model.pt .*truncated"):
         open_source(tmp_path)
 
 
@@ -257,7 +280,7 @@ def test_pickles_with_code_are_refused_and_not_run(tmp_path):
 
 def test_a_pickled_module_is_no_checkpoint(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="names `torch.nn.modules.linear.Linear`"):
+    with pytest.raises(ValueError, match=r"names `torch.nn.modules.linear.Linear`"):
         open_source(tmp_path)
 
 
@@ -280,32 +303,33 @@ def test_folders_with_no_checkpoint(tmp_path):
         open_source(tmp_path)
     (tmp_path / "29999").mkdir()
     (tmp_path / "weights.onnx").touch()
-    with pytest.raises(ValueError, match="found 29999/, weights.onnx"):
+    with pytest.raises(ValueError, match=r"found 29999/, weights.onnx"):
         open_source(tmp_path)
     with pytest.raises(ValueError, match=r"weights.onnx is of no known kind: expected a .safetens"):
         open_source(tmp_path / "weights.onnx")
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*absent: expected"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*absent: expected"):
         open_source(tmp_path / "absent")
 
 
 def test_folders_with_several_checkpoints(tmp_path):
     torch.save(TENSORS, tmp_path / "a.pt")
     torch.save(TENSORS, tmp_path / "b.pt")
-    with pytest.raises(ValueError, match="several checkpoints, name the one to read: a.pt, b.pt"):
+    with pytest.raises(ValueError, match=r"several checkpoints, name the one to read: a.pt, b.pt"):
         open_source(tmp_path)
     save_file(TENSORS, tmp_path / "model.safetensors")
     assert_holds(open_source(tmp_path))  # the .pt files are an optimizer's and the like
     orbax_folder(tmp_path / "params", {"a": torch.ones(2)})
-    with pytest.raises(ValueError, match="name the one to read: model.safetensors, params"):
+    with pytest.raises(ValueError, match=r"name the one to read: model.safetensors, params"):
         open_source(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])
 def test_what_was_read_does_not_stay_in_memory(tmp_path, kind):
     path = tmp_path / f"model.{kind}"
-    tensors = {str(i): torch.from_numpy(np.full(8_000_000, i, dtype=np.float32)) for i in range(8)}
+    # Larger than what malloc keeps for itself when it is freed.
+    tensors = {str(i): torch.from_numpy(np.full(10**7, i, dtype=np.float32)) for i in range(6)}
     torch.save(tensors, path) if kind == "pt" else save_file(tensors, path)
-    total = 8 * 32_000_000
+    total = sum(t.nbytes for t in tensors.values())
     del tensors
     source = open_source(path)
     before = _resident()
