@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
 from pizero.agent.weights import torch_layout
 from pizero.agent.weights.inspect import Found
 from pizero.agent.weights.links import Link, Links
-from pizero.agent.weights.source import Entry, Source
+from pizero.agent.weights.source import Entry
 
 # Roots of the one spelling (spelling.py) in openpi's PyTorch module, which LeRobot copied.
 _PALIGEMMA = "paligemma_with_expert.paligemma."
@@ -182,7 +181,7 @@ def _unread_shape(link: Link, vlm: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def _refuse_other_conventions(found: Found) -> None:
-    """openpi's layouts stand for openpi's conventions: another model's weights would be misread."""
+    """openpi's layout stands for openpi's conventions: other weights in it would be misread."""
     node, wrong = found.model, []
     expected = {
         "softcap": (node["joint"]["softcap"], None),

@@ -83,7 +83,7 @@ def load_into(
     """
     found = path if isinstance(path, Found) else inspect(path)
     own = model_weights(model)
-    report = _checked(own, found, may_initialise)
+    report = check(own, found, may_initialise=may_initialise)
     for pair in found.twins:
         one, other = (found.source.read(name) for name in pair)
         if not torch.equal(one, other):
@@ -111,8 +111,13 @@ def load_into(
     return report
 
 
-def _checked(own: Mapping[str, torch.Tensor], found: Found, may_initialise: bool) -> LoadReport:
-    """The report of a load that will succeed; ValueError, with all that is wrong, for another."""
+def check(
+    own: Mapping[str, torch.Tensor], found: Found, *, may_initialise: bool = False
+) -> LoadReport:
+    """The report of a load that will succeed; ValueError, with all that is wrong, for another.
+
+    `own` are the model's tensors by name; they may be on meta.
+    """
     entries, links = found.source.entries, found.links
     left_out = {x.theirs: x for x in found.left_out}
     report = LoadReport(found.source.path, found.layout, found.kind, notes=found.notes)
