@@ -21,9 +21,12 @@ def attend(
     v: Float[Tensor, "b t g d"],
     *,
     key_mask: Bool[Tensor, "b t"] | None = None,
+    sight: Bool[Tensor, "b s t"] | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "b s h d"]:
     """Softmax attention; `key_mask` is True where a key is real, None when all are.
+
+    Where queries see different keys, `sight` says which, in place of `key_mask`.
 
     `softcap` bounds logits to `softcap * tanh(logits / softcap)` as Gemma 2 and open-pi-zero do;
     no fused kernel offers it, so that path writes the scores out.
@@ -32,6 +35,8 @@ def attend(
     q = rearrange(q, "b s (g r) d -> b g (s r) d", g=groups)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     mask = None if key_mask is None else key_mask[:, None, None, :]
+    if sight is not None:
+        mask = sight.repeat_interleave(heads // groups, dim=1)[:, None]
     if softcap is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     else:

@@ -11,16 +11,17 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from pizero.model.attention import attend
 from pizero.model.block import Block, BlockModulation
-from pizero.model.cache import PrefixCache
+from pizero.model.cache import PrefixCache, RoomyCache
 from pizero.model.containers import Named
 from pizero.model.layout import Call, Segment, TokenLayout, did_you_mean
 from pizero.model.mixture import Mixture, MixtureModulation
 from pizero.model.rope import Rotary
-from pizero.types import Bool, Int, Tensor
+from pizero.types import Bool, Float, Int, Tensor
 
 
 class JointModel(nn.Module):
@@ -58,26 +59,32 @@ class JointModel(nn.Module):
         modulation: Mapping[str, MixtureModulation] | None = None,
         cache: PrefixCache | None = None,
         read: Iterable[str] | None = None,
+        opens: Mapping[str, Bool[Tensor, "b _"]] | None = None,
     ) -> tuple[dict[str, Tensor], PrefixCache]:
         """Run `tokens` [b s width] of every segment; return those of `read`, and the cache.
 
         `read` (all by default) names the segments whose result is wanted: the last layer computes
         only those, and keys and values. `valid` marks real tokens, None if all are. With `cache`
-        the layout continues the cached one; the cache returned holds both.
+        the layout continues the cached one; the cache returned holds both. `opens` marks, for a
+        causal segment, the tokens that open a block of their own; without it, all do.
         """
         read = layout.names if read is None else tuple(read)
         self._check(tokens, layout, read)
         past = cache.layout if cache else None
         x, rotary = self._gather(tokens, layout, positions)
         key_mask = _key_mask(valid, cache, layout, next(iter(x.values())))
+        inner, last = _plan(layout, layout.names, past), _plan(layout, read, past)
+        inner_sight, last_sight = (
+            _sight(plan.calls, layout, past, key_mask, opens, positions.device)
+            for plan in (inner, last)
+        )
         keys, values = [], []
         for i in range(self.depth):
-            wanted = read if i == self.depth - 1 else layout.names
-            plan = _plan(layout, wanted, past)
+            plan, sight = (last, last_sight) if i == self.depth - 1 else (inner, inner_sight)
             blocks = {name: self.mixtures[name].blocks[i] for name in x}
             mods = {name: m.blocks[i] for name, m in (modulation or {}).items() if name in x}
             before = (cache.keys[i], cache.values[i]) if cache else None
-            x, k, v = self._run_layer(blocks, x, rotary, mods, plan, before, key_mask, self.softcap)
+            x, k, v = self._run_layer(blocks, x, rotary, mods, plan, before, sight, self.softcap)
             keys.append(k)
             values.append(v)
         out = {}
@@ -90,6 +97,32 @@ class JointModel(nn.Module):
                 at += s.length
         joined = past + layout if past else layout
         return out, PrefixCache(joined, tuple(keys), tuple(values), key_mask)
+
+    def step(
+        self,
+        expert: str,
+        x: Float[Tensor, "b 1 width"],
+        cache: RoomyCache,
+        *,
+        slot: Int[Tensor, 1],
+        positions: Int[Tensor, "b 1"],
+    ) -> Float[Tensor, "b 1 width"]:
+        """Run one token of an expert, which sees all that `cache` holds, and keep it at `slot`.
+
+        Nothing changes shape from step to step: it compiles once, and costs the same at the end of
+        a long answer as at its start.
+        """
+        mixture = self.mixtures[expert]
+        cache.valid.index_fill_(1, slot, True)
+        runs, length = ((expert, 0, 1),), cache.valid.shape[1]
+        plan = Plan(runs, runs, {expert: 0}, (Call(0, 1, length),))
+        out, rotary = {expert: x.to(mixture.dtype)}, {expert: mixture.rotary(positions)}
+        for block, *kept in zip(mixture.blocks, cache.keys, cache.values, strict=True):
+            past = (kept[0], kept[1])
+            out, _, _ = self._run_layer(
+                {expert: block}, out, rotary, {}, plan, past, (cache.valid,), self.softcap, slot
+            )
+        return mixture.finish(out[expert])
 
     def _gather(
         self, tokens: Mapping[str, Tensor], layout: TokenLayout, positions: Tensor
@@ -139,6 +172,10 @@ class Plan(NamedTuple):
     calls: tuple[Call, ...]
 
 
+# The mask of every attention call of a layer; see `_sight`.
+Sight = tuple[Tensor | None, ...]
+
+
 def run_layer(
     blocks: dict[str, Block],
     x: dict[str, Tensor],
@@ -146,12 +183,14 @@ def run_layer(
     modulation: dict[str, BlockModulation],
     plan: Plan,
     past: tuple[Tensor, Tensor] | None,
-    key_mask: Tensor | None,
+    sight: Sight,
     softcap: float | None,
+    slot: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """One layer of every expert: project apart, attend together, finish apart.
 
-    Returns the next tokens (of experts with queries) and all keys and values, past ones included.
+    Returns the next tokens (of experts with queries) and all keys and values, past ones included:
+    behind the past, or written into it at `slot`.
     """
     q: dict[str, Tensor] = {}
     k: dict[str, Tensor] = {}
@@ -163,13 +202,14 @@ def run_layer(
         if query is not None:
             q[name] = query
     keys, values = (
-        _interleave(k, plan.runs, past and past[0]),
-        _interleave(v, plan.runs, past and past[1]),
+        _interleave(k, plan.runs, past and past[0], slot),
+        _interleave(v, plan.runs, past and past[1], slot),
     )
     attended: dict[str, list[Tensor]] = {name: [] for name in blocks}
     if plan.calls:
         queries = _interleave(q, plan.query_runs)
-        outs = _cat([_call(c, queries, keys, values, key_mask, softcap) for c in plan.calls])
+        pairs = zip(plan.calls, sight, strict=True)
+        outs = _cat([_call(c, queries, keys, values, mask, softcap) for c, mask in pairs])
         at = 0
         for name, start, stop in plan.query_runs:
             attended[name].append(outs[:, at : at + stop - start])
@@ -185,13 +225,15 @@ def run_layer(
 
 
 def _call(
-    c: Call, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, softcap: float | None
+    c: Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | None
 ) -> Tensor:
     k, v = k[:, : c.key_stop], v[:, : c.key_stop]
     if c.stopped:
         k, v = _detach(k, c.stopped), _detach(v, c.stopped)
-    mask = None if key_mask is None else key_mask[:, : c.key_stop]
-    return attend(q[:, c.start : c.stop], k, v, key_mask=mask, softcap=softcap)
+    q = q[:, c.start : c.stop]
+    if mask is not None and mask.ndim == 3:
+        return attend(q, k, v, sight=mask, softcap=softcap)
+    return attend(q, k, v, key_mask=mask, softcap=softcap)
 
 
 def _detach(x: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
@@ -241,12 +283,15 @@ def _interleave(
     parts: Mapping[str, Tensor],
     runs: tuple[tuple[str, int, int], ...],
     past: Tensor | None = None,
+    slot: Tensor | None = None,
 ) -> Tensor:
-    """The tokens of all experts in layout order, behind those of the past."""
-    pieces = [] if past is None else [past]
+    """The tokens of all experts in layout order, behind those of the past or in their slot."""
+    pieces = [] if past is None or slot is not None else [past]
     for name, start, stop in runs:
         part = parts[name]
         pieces.append(part if stop - start == part.shape[1] else part[:, start:stop])
+    if past is not None and slot is not None:
+        return past.index_copy_(1, slot, _cat(pieces))
     return _cat(pieces)
 
 
@@ -268,6 +313,33 @@ def _key_mask(
     if past is None:
         past = x.new_ones(x.shape[0], cache.layout.length, dtype=torch.bool)
     return torch.cat((past, valid), dim=1)
+
+
+def _sight(
+    calls: tuple[Call, ...],
+    layout: TokenLayout,
+    past: TokenLayout | None,
+    key_mask: Tensor | None,
+    opens: Mapping[str, Tensor] | None,
+    device: torch.device,
+) -> Sight:
+    """The mask of every call: over its keys [b t], over queries and keys [b s t], or none."""
+    rank = None
+    if opens or any(c.ranked for c in calls):
+        rank = layout.ranks(opens, device=device)
+        # The past comes before all of this layout's blocks, or is in the first of them.
+        rank = F.pad(rank, (past.length if past else 0, 0), value=-1)
+    masks = []
+    for c in calls:
+        mask = None if key_mask is None else key_mask[:, : c.key_stop]
+        if rank is not None and c.ranked:
+            queries = rank[:, slice(*c.ranked), None]
+            sees = rank[:, None, : c.key_stop] <= queries
+            mask = sees if mask is None else sees & mask[:, None]
+            if queries.shape[1] == 1:
+                mask = mask[:, 0]
+        masks.append(mask)
+    return tuple(masks)
 
 
 def _check_agreement(mixtures: Mapping[str, Mixture]) -> None:

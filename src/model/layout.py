@@ -1,7 +1,7 @@
 """Which tokens there are, which expert owns them, and who may look at whom.
 
 A layout is an ordered list of segments. One rule decides sight: a query sees a key when
-`block(key) <= block(query)` and the key is real. Three segments give pi0:
+`block(key) <= block(query)` and the key is real. Four segments give pi0:
 
                   image text state action      keys
         image       x    x
@@ -12,41 +12,52 @@ A layout is an ordered list of segments. One rule decides sight: a query sees a 
 
 Because blocks never decrease along the layout, what a block may see is always a leading slice of
 the keys, so attention needs no mask but for tokens that are not real.
+
+A causal segment holds tokens that come one after another, as generated words do: each opens a block
+of its own. Where a segment holds a question and its answer, of lengths that differ from row to row,
+a forward pass is told which of its tokens open a block; the others join the token before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import pairwise
 
 import torch
 
-from pizero.types import Bool, Tensor
+from pizero.types import Bool, Int, Tensor
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A named run of tokens: how many, in which attention block, and which expert runs them."""
+    """A named run of tokens: how many, in which attention block, and which expert runs them.
+
+    The tokens of a `causal` segment see themselves and what came before.
+    """
 
     name: str
     length: int
     block: int
     expert: str
+    causal: bool = False
 
 
 @dataclass(frozen=True)
 class Call:
     """One attention call: these queries see the keys up to `key_stop`.
 
-    `stopped` are the key ranges through which no gradient may pass.
+    `stopped` are the key ranges through which no gradient may pass. `ranked` is None where the
+    queries see all of these keys; else ranks decide (see `TokenLayout.ranks`): those of the queries
+    stand at this range of the keys, a range of one where all queries have the same.
     """
 
     start: int
     stop: int
     key_stop: int
     stopped: tuple[tuple[int, int], ...] = ()
+    ranked: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, init=False)
@@ -110,8 +121,9 @@ class TokenLayout:
     ) -> tuple[Call, ...]:
         """The attention calls that serve `queries` (all segments by default), in layout order.
 
-        Neighbouring segments of one block share a call. `past` are the cached segments in front;
-        query positions count among `queries` only, key positions from the start of `past`.
+        Neighbouring segments of one block share a call; a causal segment has its own. `past` are
+        the cached segments in front; query positions count among `queries` only, key positions from
+        the start of `past`.
         """
         wanted = set(self.names if queries is None else queries)
         before = past.segments if past else ()
@@ -124,34 +136,78 @@ class TokenLayout:
             end += s.length
             ends[s.block] = end
         calls: list[Call] = []
-        at = 0
-        for s in self.segments:
+        at, joinable = 0, False
+        for i, s in enumerate(self.segments):
+            joinable = joinable and not s.causal
             if s.name not in wanted:
                 continue
             stopped = tuple(spans[k.name] for k in keys if (s.name, k.name) in self.stop_grad)
-            call = Call(at, at + s.length, ends[s.block], stopped)
+            first, last = spans[s.name]
+            ranked = None
+            if any(k.causal and k.block == s.block for k in self.segments[i:]):
+                ranked = (first, last if s.causal else first + 1)
+            call = Call(at, at + s.length, ends[s.block], stopped, ranked)
             at = call.stop
-            last = calls[-1] if calls else None
-            if last and last.key_stop == call.key_stop and last.stopped == stopped:
-                calls[-1] = Call(last.start, call.stop, call.key_stop, stopped)
+            before = calls[-1] if joinable else None
+            if before and before.key_stop == call.key_stop and before.stopped == stopped:
+                calls[-1] = replace(before, stop=call.stop)
             else:
                 calls.append(call)
+            joinable = not s.causal
         return tuple(calls)
 
-    def mask(self, valid: Bool[Tensor, "b s"] | None = None) -> Bool[Tensor, "b s s"]:
+    def ranks(
+        self,
+        opens: Mapping[str, Bool[Tensor, "b _"]] | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Int[Tensor, "_ s"]:
+        """Each token's block, counted from 0 through the layout: 1 row, or one for each of `opens`.
+
+        `opens` marks, for a causal segment, the tokens that open a block; without it, all do.
+        """
+        opens = opens or {}
+        for name in opens:
+            if name not in [s.name for s in self.segments if s.causal]:
+                causal = [s.name for s in self.segments if s.causal]
+                raise ValueError(f"no causal segment {name!r}{did_you_mean(name, causal)}")
+        rows = max([1, *(x.shape[0] for x in opens.values())])
+        first = torch.zeros(rows, self.length, dtype=torch.long, device=device)
+        for before, s in pairwise((None, *self.segments)):
+            start, stop = self.span(s.name)
+            if s.causal:
+                first[:, start:stop] = opens.get(s.name, 1)
+            if before and s.block > before.block:
+                first[:, start : start + 1] = 1
+        return first.cumsum(dim=1)
+
+    def mask(
+        self,
+        valid: Bool[Tensor, "b s"] | None = None,
+        opens: Mapping[str, Bool[Tensor, "b _"]] | None = None,
+    ) -> Bool[Tensor, "b s s"]:
         """The rule of sight as a dense mask, True = may look: for pictures and as a reference."""
-        block = torch.tensor([s.block for s in self.segments for _ in range(s.length)])
-        sight = (block[None, :] <= block[:, None])[None]
-        return sight if valid is None else sight.to(valid.device) & valid[:, None, :]
+        rank = self.ranks(opens, device=None if valid is None else valid.device)
+        sight = rank[:, None, :] <= rank[:, :, None]
+        return sight if valid is None else sight & valid[:, None, :]
 
     def show(self) -> str:
-        """The rule of sight, a row for each query segment."""
+        """The rule of sight, a row for each query segment; `/` where it sees a part."""
         width = max(len(n) for n in self.names)
         head = " " * (width + 2) + " ".join(n.ljust(width) for n in self.names)
         rows = [head.rstrip()]
-        for q in self.segments:
-            cells = [("x" if k.block <= q.block else ".").ljust(width) for k in self.segments]
-            rows.append(f"{q.name.ljust(width)}  {' '.join(cells)}".rstrip())
+        for i, q in enumerate(self.segments):
+            cells = []
+            for j, k in enumerate(self.segments):
+                part = (
+                    j >= i
+                    and k.block == q.block
+                    and any(s.causal for s in self.segments[i : j + 1])
+                )
+                cells.append("/" if part else "x" if k.block <= q.block else ".")
+            rows.append(
+                f"{q.name.ljust(width)}  {' '.join(c.ljust(width) for c in cells)}".rstrip()
+            )
         return "\n".join(rows)
 
 

@@ -42,6 +42,18 @@ def drawn(draw) -> list[tuple[str, int, int, str]]:
     return segments
 
 
+@st.composite
+def drawn_causal(draw) -> list[tuple[str, int, int, str, bool]]:
+    """Segments of which some hold tokens that come one after another."""
+    segments = draw(drawn())
+    causal = draw(st.lists(st.booleans(), min_size=len(segments), max_size=len(segments)))
+    return [(*s, c) for s, c in zip(segments, causal, strict=True)]
+
+
+def random_opens(layout: TokenLayout, batch: int = 2) -> dict[str, torch.Tensor]:
+    return {s.name: torch.rand(batch, s.length) < 0.6 for s in layout.segments if s.causal}
+
+
 def lay_out(segments: list[tuple[str, int, int, str]]) -> TokenLayout:
     return TokenLayout(*(Segment(*s) for s in segments))
 
@@ -60,16 +72,27 @@ def random_valid(layout: TokenLayout, batch: int = 2) -> torch.Tensor:
     return valid
 
 
+def rank_by_rank(layout, opens, row) -> list[list[bool]]:
+    """Who sees whom in one row, block numbers counted token by token."""
+    numbers, number, block = [], 0, layout.segments[0].block
+    for s in layout.segments:
+        for i in range(s.length):
+            own = s.causal and (s.name not in opens or bool(opens[s.name][row, i]))
+            number += own or s.block != block
+            block = s.block
+            numbers.append(number)
+    return [[key <= query for key in numbers] for query in numbers]
+
+
 def reference(
-    model: JointModel, tokens, layout, positions, valid
+    model: JointModel, tokens, layout, positions, valid, opens=None
 ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """Gemma's layer token by token, with weights looked up by the token's expert."""
     owner = [s for s in layout.segments for _ in range(s.length)]
     weights = {name: dict(m.named_parameters()) for name, m in model.mixtures.items()}
     x = [tokens[s.name][:, i] for s in layout.segments for i in range(s.length)]
     b, n = x[0].shape[0], len(x)
-    sees = [[owner[j].block <= owner[i].block for j in range(n)] for i in range(n)]
-    sees = torch.tensor(sees)[None].expand(b, n, n)
+    sees = torch.tensor([rank_by_rank(layout, opens or {}, row) for row in range(b)])
     if valid is not None:
         sees = sees & valid[:, None]
 
@@ -135,6 +158,86 @@ def test_equals_a_dense_mask(segments, masked, softcap, kv_heads):
     for mine, theirs in zip(cache.keys, keys, strict=True):
         mine = mine.repeat_interleave(HEADS // kv_heads, dim=2).transpose(1, 2)
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@given(drawn_causal(), st.booleans(), st.booleans(), st.sampled_from([None, 2.0]))
+@CHECKS
+def test_causal_segments_equal_a_dense_mask(segments, told, masked, softcap):
+    """Tokens one after another, all of them or those that each row marks."""
+    layout = lay_out(segments)
+    model = joint_model(softcap=softcap)
+    tokens, valid = random_tokens(layout), random_valid(layout) if masked else None
+    opens = random_opens(layout) if told else None
+    positions = torch.randint(40, (2, layout.length))
+    out, _ = model(tokens, layout, positions=positions, valid=valid, opens=opens)
+    expected, _ = reference(model, tokens, layout, positions, valid, opens)
+    for name in layout.names:
+        torch.testing.assert_close(out[name], expected[name], atol=1e-5, rtol=1e-5)
+    sees = torch.tensor([rank_by_rank(layout, opens or {}, row) for row in range(2)])
+    assert torch.equal(layout.mask(opens=opens).expand(2, -1, -1), sees)
+
+
+@given(drawn_causal(), st.data())
+@CHECKS
+def test_causal_segments_behind_a_cache(segments, data):
+    """Cut anywhere between segments, and read less: the same as one pass."""
+    layout = lay_out(segments)
+    model, tokens, valid = joint_model(), random_tokens(layout), random_valid(layout)
+    opens, positions = random_opens(layout), torch.randint(40, (1, layout.length))
+    # A block that a cached segment shares with a later one would have had to see that.
+    cuts = [
+        i for i, s in enumerate(layout.segments)
+        if i and (s.block > layout.segments[i - 1].block or s.causal)
+    ]  # fmt: skip
+    cut = data.draw(st.sampled_from(cuts or [0]))
+    first, second = (TokenLayout(*part) for part in (layout.segments[:cut], layout.segments[cut:]))
+    for name in {s.name for s in second.segments[:1] if s.causal}:
+        opens[name][:, 0] = True
+    whole, _ = model(tokens, layout, positions=positions, valid=valid, opens=opens)
+    cache = None
+    if first.segments:
+        at = slice(0, first.length)
+        _, cache = model(
+            {n: tokens[n] for n in first.names}, first, positions=positions[:, at],
+            valid=valid[:, at], read=(), opens={n: opens[n] for n in first.names if n in opens},
+        )  # fmt: skip
+    read = data.draw(st.sets(st.sampled_from(second.names)))
+    at = slice(first.length, None)
+    out, _ = model(
+        {n: tokens[n] for n in second.names}, second, positions=positions[:, at],
+        valid=valid[:, at], cache=cache, read=read,
+        opens={n: opens[n] for n in second.names if n in opens},
+    )  # fmt: skip
+    assert set(out) == read
+    for name in read:
+        torch.testing.assert_close(out[name], whole[name], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_steps_into_a_roomy_cache_equal_one_pass(padded):
+    """Token by token into buffers, padding in front of them or not: a causal segment."""
+    model = joint_model()
+    prefix, answer = Segment("x", 4, 0, "a"), Segment("y", 5, 1, "a", causal=True)
+    layout = TokenLayout(prefix, answer)
+    tokens, positions = random_tokens(layout), torch.randint(40, (2, 9))
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    valid[1, 2:4] = not padded
+    whole, _ = model(tokens, layout, positions=positions, valid=valid)
+    kept = None if not padded else valid[:, :4]
+    _, cache = model(
+        {"x": tokens["x"]}, TokenLayout(prefix), positions=positions[:, :4], valid=kept, read=()
+    )
+    before = [k.clone() for k in cache.keys]
+    roomy = cache.with_room(7)
+    for i in range(5):
+        out = model.step(
+            "a", tokens["y"][:, i : i + 1], roomy,
+            slot=torch.tensor([4 + i]), positions=positions[:, 4 + i : 5 + i],
+        )  # fmt: skip
+        torch.testing.assert_close(out, whole["y"][:, i : i + 1], atol=1e-12, rtol=1e-12)
+    assert roomy.valid[0].tolist() == [True] * 9 + [False] * 2
+    assert all(map(torch.equal, before, cache.keys))
 
 
 @given(drawn(), st.data())

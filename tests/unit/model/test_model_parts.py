@@ -75,6 +75,33 @@ def test_calls_of_pi0():
     assert stopped.calls()[-1] == Call(4, 6, 6, ((0, 2), (2, 3)))
 
 
+FAST = TokenLayout(
+    Segment("image", 3, 0, "vlm"), Segment("text", 4, 0, "vlm", causal=True),
+    Segment("action", 2, 1, "action"),
+)  # fmt: skip
+
+
+def test_causal_text():
+    """Pictures see the question; the answer is read token by token, and whole by what follows."""
+    opens = {"text": torch.tensor([[0, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)}
+    assert FAST.ranks(opens).tolist() == [
+        [0, 0, 0, 0, 1, 2, 2, 3, 3],
+        [0, 0, 0, 0, 0, 0, 1, 2, 2],
+    ]
+    assert FAST.ranks().tolist() == [[0, 0, 0, 1, 2, 3, 4, 5, 5]]
+    assert FAST.show().split("\n") == [
+        "        image  text   action",
+        "image   x      /      .",
+        "text    x      /      .",
+        "action  x      x      x",
+    ]
+    image, text, action = FAST.calls()
+    assert (image.ranked, text.ranked, action.ranked) == ((0, 1), (3, 7), None)
+    assert (image.key_stop, text.key_stop, action.key_stop) == (7, 7, 9)
+    with pytest.raises(ValueError, match=r"no causal segment 'txt'; did you mean 'text'\?"):
+        FAST.ranks({"txt": opens["text"]})
+
+
 def test_layout_is_a_value():
     assert TokenLayout(*PI0.segments) == PI0
     assert hash(PI0) == hash(TokenLayout(*PI0.segments))
