@@ -28,19 +28,20 @@ def write_safetensors(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the tensors of `entries`, asking `produce` for each once, in the order of the file.
+    """Write the tensors of `entries`, asking `produce` for each once, in the order of `entries`.
 
     The file appears under its name when it is whole. A produced tensor has to be what its entry
     says.
     """
     path = Path(path)
-    header, names = _header(entries, metadata)
+    header, places = _header(entries, metadata)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             file.write(header)
-            for name in names:
-                file.write(_bytes(name, entries[name], produce(name)))
+            for name, entry in entries.items():
+                file.seek(len(header) + places[name])
+                file.write(_bytes(name, entry, produce(name)))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -50,16 +51,18 @@ def write_safetensors(
 
 def _header(
     entries: Mapping[str, Entry], metadata: Mapping[str, str] | None
-) -> tuple[bytes, list[str]]:
-    """The file up to the first tensor, and the order of the tensors."""
+) -> tuple[bytes, dict[str, int]]:
+    """The file up to the first tensor, and where after that each tensor begins."""
     for name, entry in entries.items():
         if entry.dtype not in _NAMES:
             raise ValueError(f"{name} has dtype {entry.dtype}, which safetensors files cannot hold")
     names = sorted(entries, key=lambda n: (_ORDER.index(entries[n].dtype), n))
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    places = {}
     end = 0
     for name in names:
         begin, end = end, end + entries[name].num_bytes
+        places[name] = begin
         fields[name] = {
             "dtype": _NAMES[entries[name].dtype],
             "shape": list(entries[name].shape),
@@ -67,7 +70,7 @@ def _header(
         }
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, names
+    return len(text).to_bytes(8, "little") + text, places
 
 
 def _bytes(name: str, entry: Entry, tensor: Tensor) -> memoryview:

@@ -44,11 +44,16 @@ def test_views_and_parameters(tmp_path):
     assert torch.equal(read["p"], tensors["p"])
 
 
-def test_each_tensor_is_asked_for_once_and_dropped(tmp_path):
-    entries = {str(i): Entry((4,), torch.float32) for i in range(5)}
+def test_each_tensor_is_asked_for_once_in_the_order_of_the_caller(tmp_path):
+    entries = {name: Entry((4,), torch.float32) for name in "31240"}
     asked = []
-    write_safetensors(tmp_path / "a", entries, lambda n: asked.append(n) or torch.zeros(4))
-    assert asked == list("01234")
+    write_safetensors(
+        tmp_path / "a", entries, lambda n: asked.append(n) or torch.full((4,), float(n))
+    )
+    assert asked == list("31240")
+    assert {n: t[0].item() for n, t in load_file(tmp_path / "a").items()} == {
+        str(i): i for i in range(5)
+    }
 
 
 @pytest.mark.parametrize(
