@@ -143,31 +143,71 @@ class Policy:
 def load_policy(
     path: str | Path,
     *,
+    robot: str | Path | None = None,
+    statistics: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    asset: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    changes: Mapping[str, Any] | None = None,
+    kind: str | None = None,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     num_steps: int = DEFAULT_NUM_STEPS,
     noise_scale: float = 1.0,
     weights: Literal["checkpoint", "random"] = "checkpoint",
     seed: int = 0,
     packages: Sequence[str] = ("pizero",),
 ) -> Policy:
-    """The policy of a checkpoint folder, which needs nothing but that folder.
+    """The policy of a checkpoint: a folder of ours, which needs nothing else, or a published one.
 
-    `weights="random"` gives the same model as it was before training (drawn from `seed`): the
-    baseline that shows what training was worth. The folder's configuration may name classes from
-    `packages` only; add your own if you trust the folder.
+    Published checkpoints (openpi in either form, LeRobot, giga-models, open-pi-zero, transformers'
+    pi0) say less of themselves: `robot`, `statistics`, `tokenizer` and `asset` are what lies
+    elsewhere (see `published.pipeline_node`), `overrides` are sizes that leave no trace in weights
+    ({"horizon": 10}), `changes` arguments of the pipeline to replace, and `kind` "pi0_fast" tells
+    pi0-FAST from PaliGemma.
+
+    `dtype` None keeps the precision that is stored. `weights="random"` gives the model of a folder
+    of ours as it was before training (drawn from `seed`): the baseline that shows what training was
+    worth. A folder's configuration may name classes from `packages` only; add your own if you trust
+    the folder.
     """
     from pizero.agent.checkpoint import load_checkpoint
     from pizero.agent.config import build
+    from pizero.agent.published import build_published, pipeline_node
+    from pizero.agent.weights import inspect, load_model
+    from pizero.agent.weights.folder import has_pipeline
 
     if weights not in ("checkpoint", "random"):
         raise ValueError(f"weights must be 'checkpoint' or 'random', got {weights!r}")
     device = choose_device(device)
-    # Building a model draws from torch's generator, which is the caller's.
-    with torch.random.fork_rng(devices=[]):
-        config, model, pipeline, _ = load_checkpoint(path, device=device, packages=packages)
+    given = dict(
+        robot=robot, statistics=statistics, tokenizer=tokenizer, asset=asset,
+        overrides=overrides, changes=changes, kind=kind,
+    )  # fmt: skip
+    if has_pipeline(path):
+        if named := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{path} describes itself: {', '.join(named)} cannot be given")
+        config, model, pipeline, _ = load_checkpoint(
+            path, device=device, dtype=dtype, packages=packages
+        )
         if weights == "random":
-            torch.manual_seed(seed)
-            model = build(config.model, path="model", packages=packages).to(device)
+            # Building a model draws from torch's generator, which is the caller's.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = build(config.model, path="model", packages=packages).to(device)
+    else:
+        # The pipeline first: what it lacks is known at once, weights take a while.
+        found = inspect(path, overrides=overrides, kind=kind)
+        node = pipeline_node(
+            found,
+            robot=robot,
+            statistics=statistics,
+            tokenizer=tokenizer,
+            asset=asset,
+            changes=changes,
+        )
+        pipeline = build_published(node, found)
+        model = load_model(found, device=device, dtype=dtype).model
     return Policy(model, pipeline, num_steps=num_steps, noise_scale=noise_scale)
 
 

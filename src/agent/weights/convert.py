@@ -39,18 +39,18 @@ class OpenpiSource:
             raise ValueError(f"openpi's PyTorch layout holds pi0 and pi0.5, not {found.kind}")
         _refuse_other_conventions(found)
         self.path, self.metadata = found.source.path, {}
-        self._ours = Ours(found, dtype=dtype)
+        self.ours = Ours(found, dtype=dtype)
         self._links = Links(_renamed(_links(found)))
-        known = {name for link in self._links.links if (name := link.ours) in self._ours.entries}
+        known = {name for link in self._links.links if (name := link.ours) in self.ours.entries}
         self.filled = [
             name for name, group in self._links.by_theirs.items() if group[0].ours not in known
         ]
         mixtures = found.model["joint"]["mixtures"]
         self.entries: dict[str, Entry] = {}
         for name, group in self._links.by_theirs.items():
-            like = self._ours.entries.get(group[0].ours)
+            like = self.ours.entries.get(group[0].ours)
             if like is None:
-                bulk = self._ours.entries["joint.mixtures.vlm.blocks.0.kv_proj.weight"]
+                bulk = self.ours.entries["joint.mixtures.vlm.blocks.0.kv_proj.weight"]
                 like = Entry(_unread_shape(group[0], mixtures["vlm"]), bulk.dtype)
             self.entries[name] = Entry(_shape(group, like.shape), like.dtype)
         embedding = self.entries[f"{_PALIGEMMA}lm_head.weight"]
@@ -64,7 +64,7 @@ class OpenpiSource:
             return torch.zeros(entry.shape, dtype=entry.dtype)
         theirs = torch.empty(entry.shape, dtype=entry.dtype)
         for link in self._links.by_theirs[name]:
-            link.write(self._ours.read(link.ours), theirs)
+            link.write(self.ours.read(link.ours), theirs)
         return theirs
 
 
@@ -75,6 +75,7 @@ class Ours:
         self.path, self.metadata = found.source.path, {}
         self._found, self._dtype = found, dtype
         self._kept: dict[str, torch.Tensor] = {}
+        self.squares: dict[str, float] = {}  # of the norms of what was read
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -104,6 +105,7 @@ class Ours:
         for link in self._found.links.by_ours[name]:
             part = whole if link.rows is None else whole[slice(*link.rows)]
             part.copy_(link.read(self._stored(link.theirs)))
+        self.squares[name] = torch.linalg.vector_norm(whole, dtype=torch.float64).item() ** 2
         return whole
 
     def _stored(self, name: str) -> torch.Tensor:
@@ -122,7 +124,7 @@ class Ours:
 
 def in_reading_order(source: OpenpiSource) -> dict[str, Entry]:
     """Its entries such that each stored tensor of the original is read once."""
-    order = {name: i for i, name in enumerate(source._ours.entries)}
+    order = {name: i for i, name in enumerate(source.ours.entries)}
     links = source._links.by_theirs
 
     def place(name: str) -> int:

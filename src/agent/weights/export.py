@@ -62,11 +62,13 @@ def export(
     temporary.mkdir(parents=True)
     try:
         if to == "pizero":
-            _write_own(temporary, found, own, report, dtype, pipeline, files)
+            squares = _write_own(temporary, found, own, report, dtype, pipeline, files)
         else:
-            _write_openpi(temporary, found, report, dtype)
+            squares = _write_openpi(temporary, found, report, dtype)
             extra = _openpi_files if to == "openpi" else _lerobot_files
             extra(temporary, found, statistics, asset)
+        for name in own:
+            report.experts[expert_of(name)].squares += squares[name]
         temporary.rename(destination)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -82,22 +84,15 @@ def _write_own(
     dtype: torch.dtype | None,
     pipeline: Mapping[str, Any] | None,
     files: Path | None,
-) -> None:
+) -> Mapping[str, float]:
     ours = Ours(found, dtype=dtype)
-
-    def produce(name: str) -> torch.Tensor:
-        tensor = ours.read(name)
-        if name in own:
-            norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
-            report.experts[expert_of(name)].squares += norm**2
-        return tensor
 
     parts: tuple[dict[str, Entry], dict[str, Entry]] = ({}, {})
     for name, entry in ours.entries.items():
         parts[name not in own][name] = entry
     for name, entries in zip((WEIGHTS, UNREAD), parts, strict=True):
         if entries:
-            write_safetensors(folder / name, entries, produce)
+            write_safetensors(folder / name, entries, ours.read)
     for name in FILES:
         if files is not None and (files / name).is_file():
             shutil.copyfile(files / name, folder / name)
@@ -112,11 +107,12 @@ def _write_own(
         data={},
         versions=versions(),
     )
+    return ours.squares
 
 
 def _write_openpi(
     folder: Path, found: Found, report: LoadReport, dtype: torch.dtype | None
-) -> None:
+) -> Mapping[str, float]:
     source = OpenpiSource(found, dtype=dtype)
     write_safetensors(folder / WEIGHTS, in_reading_order(source), source.read)
     report.notes = [
@@ -124,6 +120,7 @@ def _write_openpi(
         f"zeros stand for {len(source.filled)} tensors that nothing reads and the original lacks "
         f"({source.filled[-1]}, ...)",
     ]
+    return source.ours.squares
 
 
 def _openpi_files(

@@ -45,6 +45,14 @@ def own_folder(path: str | Path) -> Path | None:
         return None
 
 
+def has_pipeline(path: str | Path) -> bool:
+    """Whether `path` is a checkpoint of ours that is a whole policy and not weights alone."""
+    folder = own_folder(path)
+    if folder is None:
+        return False
+    return json.loads((folder / "metadata.json").read_text()).get("pipeline") is not None
+
+
 def newest_checkpoint(root: Path) -> Path | None:
     """The folder of the largest step under `root`; a folder with this name is always whole."""
     folders = checkpoints(root)

@@ -36,7 +36,7 @@ class Loaded:
 
 
 def load_model(
-    path: str | Path | Source,
+    path: str | Path | Source | Found,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -53,7 +53,7 @@ def load_model(
 
     Raises ValueError when anything is missing, unexplained or of the wrong shape.
     """
-    found = inspect(path, overrides=overrides, kind=kind)
+    found = path if isinstance(path, Found) else inspect(path, overrides=overrides, kind=kind)
     with torch.device("meta"):
         model = build(found.model, path="model", packages=packages)
     if dict(model.named_buffers()).keys() - model.state_dict().keys():

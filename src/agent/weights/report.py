@@ -78,12 +78,12 @@ class LoadReport:
         """For a terminal."""
         table = Table(title=f"{self.kind} from {self.source} ({self.layout})", title_justify="left")
         table.add_column("expert")
-        columns = ("loaded", "renamed", "merged", "initialised", "parameters", "norm")
-        for name in columns:
+        fates = ["loaded", "renamed", "merged", *["initialised"] * bool(self.initialised)]
+        for name in (*fates, "parameters", "norm"):
             table.add_column(name, justify="right")
         table.add_column("stored as")
         for name, e in self.experts.items():
-            counts = [str(x) for x in (e.loaded, e.renamed, e.merged, e.initialised)]
+            counts = [str(getattr(e, fate)) for fate in fates]
             dtypes = ", ".join(sorted(str(d).removeprefix("torch.") for d in e.dtypes))
             table.add_row(name, *counts, f"{e.parameters:,}", f"{e.norm:.6g}", dtypes)
         return table

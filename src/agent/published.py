@@ -1,0 +1,124 @@
+"""Policies from checkpoints of other projects: their weights, in the pipeline they were trained in.
+
+The weights tell which family they are; `config/pipeline/` says how that family prepares pictures,
+words and numbers, `config/robot/` what is special about the robot, and the files beside the weights
+hold statistics. What nobody tells has to be given.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from pizero.agent.config import build, config_dir
+from pizero.agent.weights.assets import Assets, find_assets
+from pizero.agent.weights.inspect import Found
+
+if TYPE_CHECKING:
+    from pizero.data.pipeline import PolicyPipeline
+
+_TOKENIZER = "PIZERO_TOKENIZER"
+
+
+def pipeline_node(
+    found: Found,
+    *,
+    robot: str | Path | None = None,
+    statistics: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    asset: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The resolved pipeline node of a published checkpoint.
+
+    `robot` is a name in config/robot or a YAML file; `statistics` and `tokenizer` are files for
+    what is not beside the weights, `asset` chooses where several robots' statistics are, and
+    `changes` replaces arguments of the pipeline.
+    """
+    assets = find_assets(found.source.path, asset=asset)
+    node: dict[str, Any] = _container(config_dir() / "pipeline" / f"{family(found)}.yaml")
+    node["tokenizer"] = str(tokenizer or assets.tokenizer or os.environ.get(_TOKENIZER) or "")
+    if not node["tokenizer"]:
+        raise ValueError(
+            f"{found.source.path} comes without a tokenizer: give tokenizer=..., the path of "
+            f"PaliGemma's paligemma_tokenizer.model, or set {_TOKENIZER} to it"
+        )
+    if robot is not None:
+        node["robot"] = robot_node(robot)
+    _take(node, assets)
+    given = statistics or assets.statistics
+    if given is not None:
+        node["statistics"] = str(given)
+    elif robot is None or node["robot"].get("statistics") is None:
+        raise ValueError(
+            f"{found.source.path} comes without statistics: give statistics=..., a file of any "
+            "dialect (openpi's norm_stats.json, Octo's, OpenVLA's, LeRobot's), or a robot= that "
+            "has them"
+        )
+    for key, value in (changes or {}).items():
+        node[key] = value
+    whole = OmegaConf.create({"model": found.model, "pipeline": node})
+    resolved = OmegaConf.to_container(whole.pipeline, resolve=True)
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def build_published(node: Mapping[str, Any], found: Found) -> PolicyPipeline:
+    """The pipeline of a node, checked against the model it is for."""
+    pipeline = build(node, path="pipeline", packages=("pizero",))
+    words, rows = pipeline.tokenizer.vocab_size, found.model["vocab_size"]
+    if words > rows:
+        raise ValueError(
+            f"the tokenizer {node['tokenizer']} has {words} pieces, but the model of "
+            f"{found.source.path} knows {rows}"
+        )
+    return pipeline
+
+
+def family(found: Found) -> str:
+    """The file in config/pipeline that a checkpoint's training used."""
+    if found.kind == "paligemma":
+        raise ValueError(
+            f"{found.source.path} is a PaliGemma: it speaks words and is no policy. Train one from "
+            "it (init_from), or talk to it with scripts/generate_text.py"
+        )
+    forward = found.kind in ("pi0", "pi05") and not found.model["time_embedding"]["reverse"]
+    return "open_pi_zero" if forward else f"openpi_{found.kind}"
+
+
+def robot_node(robot: str | Path) -> dict[str, Any]:
+    """A robot's YAML, by its name in config/robot or by its path."""
+    if str(robot).endswith((".yaml", ".yml")):
+        return _container(Path(robot))
+    known = sorted(p.stem for p in (config_dir() / "robot").glob("*.yaml"))
+    if str(robot) not in known:
+        near = get_close_matches(str(robot), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no robot {str(robot)!r} in {known}, and no path of a YAML file{hint}")
+    return _container(config_dir() / "robot" / f"{robot}.yaml")
+
+
+def _take(node: dict[str, Any], assets: Assets) -> None:
+    """What LeRobot's processors say in place of what its family usually does."""
+    if assets.cameras is not None:
+        node["cameras"] = [name.removeprefix("observation.images.") for name in assets.cameras]
+    if assets.normalization:
+        node["normalization"] = assets.normalization
+        # LeRobot pads the state to the model's width before it becomes words.
+        node["pad_prompt_state"] = node["prompt"] == "pi05"
+    if assets.max_tokens is not None:
+        node["max_tokens"] = assets.max_tokens
+
+
+def _container(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
+    node = OmegaConf.to_container(OmegaConf.load(path))
+    if not isinstance(node, dict):
+        raise ValueError(f"{path}: expected a mapping, got {type(node).__name__}")
+    return {str(key): value for key, value in node.items()}
