@@ -39,6 +39,8 @@ class Observation:
 
     `images` are uint8, or float in [-1, 1]; several frames of one camera count as further cameras.
     A mask of None means that everything is present. `extras` feeds the streams a user adds.
+    For models that speak, `token_causal` marks the tokens of an answer, which see only themselves
+    and what came before, and `token_loss` those that are to be learnt.
     """
 
     images: Num[Tensor, "b n 3 height width"]
@@ -47,6 +49,8 @@ class Observation:
     token_mask: Bool[Tensor, "b text"] | None = None
     state: Float[Tensor, "b frames state_dim"] | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    token_causal: Bool[Tensor, "b text"] | None = None
+    token_loss: Bool[Tensor, "b text"] | None = None
 
     def to(self, device: torch.device | str) -> Observation:
         """The same observation on another device."""

@@ -5,17 +5,19 @@ from pizero.model.attention import attend
 
 # Experts
 from pizero.model.block import Block
-from pizero.model.cache import PrefixCache
+from pizero.model.cache import PrefixCache, RoomyCache
 
 # Flow
 from pizero.model.embed import AdaptiveActionEncoder, MixedActionEncoder, SinusoidalTime
+from pizero.model.fast import PiZeroFast
 from pizero.model.flow import BetaTime, FlowPath, UniformTime
 from pizero.model.joint import JointModel
 from pizero.model.layout import Segment, TokenLayout
 from pizero.model.mixture import Mixture
 from pizero.model.norm import AdaRMSNorm, RMSNorm
 
-# Policies
+# Policies, and a model that speaks
+from pizero.model.paligemma import Generated, PaliGemma
 from pizero.model.pizero import PiZero, Scales, Stream
 from pizero.model.positions import PerExpertIndex, SharedCount
 
@@ -29,13 +31,17 @@ __all__ = [
     "Block",
     "ConvTower",
     "FlowPath",
+    "Generated",
     "JointModel",
     "MixedActionEncoder",
     "Mixture",
+    "PaliGemma",
     "PerExpertIndex",
     "PiZero",
+    "PiZeroFast",
     "PrefixCache",
     "RMSNorm",
+    "RoomyCache",
     "Scales",
     "Segment",
     "SharedCount",

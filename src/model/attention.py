@@ -20,8 +20,8 @@ def attend(
     k: Float[Tensor, "b t g d"],
     v: Float[Tensor, "b t g d"],
     *,
-    key_mask: Bool[Tensor, "b t"] | None = None,
-    sight: Bool[Tensor, "b s t"] | None = None,
+    key_mask: Bool[Tensor, "_ t"] | None = None,
+    sight: Bool[Tensor, "_ s t"] | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "b s h d"]:
     """Softmax attention; `key_mask` is True where a key is real, None when all are.

@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from einops import rearrange
 from torch import nn
 
+from pizero.model.backbone import Backbone, join_valid
 from pizero.model.cache import PrefixCache
 from pizero.model.containers import Named
 from pizero.model.embed import AdaptiveActionEncoder, MixedActionEncoder, SinusoidalTime
@@ -51,7 +50,7 @@ class Stream(nn.Module):
         self.expert, self.block, self.encoder = expert, block, encoder
 
 
-class PiZero(nn.Module):
+class PiZero(Backbone):
     """A pi0-family policy over any set of experts.
 
     `state_dim` gives the state a token in the action expert (pi0); None leaves it to the prompt
@@ -79,19 +78,23 @@ class PiZero(nn.Module):
         vlm: str = "vlm",
         action: str = "action",
     ) -> None:
-        super().__init__()
         prefix = {"image": vlm, "text": vlm, **{n: s.expert for n, s in (streams or {}).items()}}
         if state_dim is not None:
             prefix["state"] = action
         _check_experts(dict(joint.mixtures.items()), prefix, action)
-        self.stop_grad = tuple((q, k) for q, k in stop_grad)
-        _check_edges(self.stop_grad, (*prefix, "action"))
+        edges = tuple((q, k) for q, k in stop_grad)
+        _check_edges(edges, (*prefix, "action"))
         vlm_width, action_width = joint.mixtures[vlm].width, joint.mixtures[action].width
         adaptive = joint.mixtures[action].cond_dim is not None
-        self.vision = vision
-        self.projector = nn.Linear(vision.width, vlm_width)
-        self.embedding = nn.Embedding(vocab_size, vlm_width)
-        self.joint = joint
+        super().__init__(
+            vision=vision,
+            joint=joint,
+            vocab_size=vocab_size,
+            vlm=vlm,
+            image_scale=vlm_width**scales.image,
+            text_scale=vlm_width**scales.text,
+        )
+        self.stop_grad = edges
         self.streams = Named[Stream](dict(streams or {}))
         self.state_encoder = None if state_dim is None else nn.Linear(state_dim, action_width)
         self.time_embedding = time_embedding
@@ -100,11 +103,10 @@ class PiZero(nn.Module):
         self.action_decoder = nn.Linear(action_width, action_dim)
         self.horizon, self.action_dim, self.state_dim = horizon, action_dim, state_dim
         self.time_sampler, self.flow, self.positions = time_sampler, flow, positions
-        self.image_scale, self.text_scale = vlm_width**scales.image, vlm_width**scales.text
         self.state_scale = action_width**scales.state
         self.action_scale = action_width**scales.action
         self.action_clip = action_clip
-        self.vlm, self.action = vlm, action
+        self.action = action
         initialise(self)
         self._freeze_unread()
 
@@ -172,15 +174,7 @@ class PiZero(nn.Module):
         self, observation: Observation
     ) -> tuple[dict[str, Tensor], Bool[Tensor, "b s"] | None, TokenLayout]:
         """Tokens of every prefix segment, which of them are real (None: all), and their layout."""
-        tokens = {
-            "image": self._embed_images(observation.images),
-            "text": self.embedding(observation.tokens) * self.text_scale,
-        }
-        valid: dict[str, Tensor] = {}
-        if observation.image_mask is not None:
-            valid["image"] = observation.image_mask.repeat_interleave(self.vision.num_tokens, dim=1)
-        if observation.token_mask is not None:
-            valid["text"] = observation.token_mask
+        tokens, valid = self.embed_sights_and_words(observation)
         for name, stream in self.streams.items():
             if name not in observation.extras:
                 hint = did_you_mean(name, observation.extras)
@@ -189,14 +183,7 @@ class PiZero(nn.Module):
         if self.state_encoder is not None:
             tokens["state"] = self._embed_state(self.state_encoder, observation.state)
         layout = self.prefix_layout({name: x.shape[1] for name, x in tokens.items()})
-        if not valid:
-            return tokens, None, layout
-        rows, device = observation.tokens.shape[0], observation.tokens.device
-        ones = [
-            valid.get(s.name, torch.ones(rows, s.length, dtype=torch.bool, device=device))
-            for s in layout.segments
-        ]
-        return tokens, torch.cat(ones, dim=1), layout
+        return tokens, join_valid(valid, layout, observation.tokens), layout
 
     def prefix_layout(self, lengths: Mapping[str, int]) -> TokenLayout:
         """Pictures and words, the user's streams, the state: in order of their blocks."""
@@ -232,24 +219,6 @@ class PiZero(nn.Module):
         }
         return {name: group for name, group in groups.items() if group}
 
-    def compile_blocks(self, **options) -> None:
-        """Compile the repeated layers of every expert and of the vision tower, in place."""
-        self.joint.compile_layers(**options)
-        self.vision.compile_layers(**options)
-
-    def cast(self, dtype: torch.dtype) -> PiZero:
-        """Hold the bulk of the weights in `dtype`, in place, as published inference does.
-
-        The experts' norms, the patch convolution, position embeddings and the layers of state,
-        action and time stay float32: they are small, and the flow is integrated through them.
-        """
-        wide = {self.vision: ("patch_embedding", "position_embedding"), self.joint: ("norm",)}
-        for module in (self.vision, self.projector, self.embedding, self.joint):
-            for name, parameter in module.named_parameters():
-                if not any(part in name for part in wide.get(module, ())):
-                    parameter.data = parameter.data.to(dtype)
-        return self
-
     def _velocity(
         self,
         cache: PrefixCache,
@@ -274,14 +243,6 @@ class PiZero(nn.Module):
         cond = self.action_encoder.condition(embedded)
         modulation = {} if cond is None else {self.action: mixture.modulate(cond)}
         return self.action_encoder.token_term(embedded), modulation
-
-    def _embed_images(self, images: Tensor) -> Float[Tensor, "b s width"]:
-        if images.dtype == torch.uint8:
-            images = images.float() / 127.5 - 1
-        b, n = images.shape[:2]
-        x = self.vision(rearrange(images, "b n c h w -> (b n) c h w"))
-        x = self.projector(x.to(self.projector.weight.dtype)) * self.image_scale
-        return rearrange(x, "(b n) s d -> b (n s) d", b=b, n=n)
 
     def _embed_state(
         self, encoder: nn.Linear, state: Tensor | None
