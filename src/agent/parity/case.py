@@ -103,9 +103,9 @@ class Case:
             theta = sizes.get("rope_theta", dims.get("rope_theta"))
             found[f"joint.mixtures.{name}.rope_base"] = None if theta is None else float(theta)
         found["vision.num_heads"] = dims.get("vision", {}).get("num_heads")
+        chunks = [self.io[n].shape[1] for n in ("in.actions", "in.noise") if n in self.io]
+        found["horizon"] = dims.get("action_horizon", chunks[0] if chunks else None)
         if self.family in FLOW:
-            chunks = [self.io[n].shape[1] for n in ("in.actions", "in.noise") if n in self.io]
-            found["horizon"] = dims.get("action_horizon", chunks[0] if chunks else None)
             found["flow.sig_min"] = dims.get("flow_sig_min")
             found["time_embedding.min_period"] = dims.get("time_min_period")
             longest = dims.get("time_max_period")
@@ -219,9 +219,11 @@ def _find_sources(folder: Path) -> list[Path]:
     for path in sorted(folder.iterdir()):
         if path.is_dir():
             found += [path] if _has_weights(path) else []
-        elif path.name.endswith((".safetensors", *TORCH_SUFFIXES)):
-            if path.name not in (IO, GRADIENTS, *shards):
-                found.append(path)
+        elif path.name.endswith((".safetensors", *TORCH_SUFFIXES)) and path.name not in (
+            *(IO, GRADIENTS),
+            *shards,
+        ):
+            found.append(path)
     if not found:
         raise ValueError(f"{folder} holds no weights: expected weights.safetensors, a .pt file, or "
                          "a checkpoint folder")  # fmt: skip

@@ -1,0 +1,254 @@
+"""A case, checked: every set of weights in it is loaded and every stored number compared.
+
+Numbers are compared in the arithmetic that the case names for them. Two kinds of stored number
+deserve a second look before they count as missed, and the table says when one was taken:
+
+- keys and values, where the case stores the prefix embeddings too: from those. Else the rounding
+  of the vision tower, amplified by the layers, would be counted at every stage behind it;
+- bfloat16 numbers, which depend on the order of rounding: against the range that three orders give
+  (the model's own, written-out attention, and rounded weights in float32 arithmetic).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pizero.agent.parity.case import DTYPES, FAST, Case, read_case
+from pizero.agent.parity.fast import FastAnswers
+from pizero.agent.parity.flow import Answer, FlowAnswers
+from pizero.agent.parity.gradients import Gradients, gradients_of, joined_twins
+from pizero.agent.parity.rules import Rule, Verdict, compare, rule_for
+from pizero.agent.weights import Found, Loaded, inspect, load_model
+from pizero.types import Tensor
+
+# What may stand between `out.` and the name: who made the number, or in which arithmetic.
+MAKERS = ("jax", "pytorch", "torch")
+
+
+class Answers(Protocol):
+    """What a model family can answer."""
+
+    def answer(self, name: str, stored: Tensor) -> Answer | None: ...
+    def loss(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compared tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    rule: Rule
+    verdict: Verdict
+
+
+@dataclass
+class Section:
+    """What came of one set of weights."""
+
+    source: Path
+    rows: list[Row] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    error: str | None = None
+    layout: str = ""
+
+    @property
+    def failed(self) -> list[Row]:
+        return [row for row in self.rows if not row.verdict.ok]
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None and bool(self.rows) and not self.failed
+
+
+@dataclass(frozen=True)
+class CaseReport:
+    case: Case
+    sections: tuple[Section, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(section.ok for section in self.sections)
+
+
+def check_case(folder: str | Path) -> CaseReport:
+    """Check every set of weights of a case. Raises ValueError where the folder is no case."""
+    case = read_case(folder)
+    return CaseReport(case, tuple(check_source(case, path) for path in case.sources))
+
+
+def check_source(case: Case, path: Path) -> Section:
+    """Check one set of weights. Nothing is raised: what goes wrong is in the section."""
+    section = Section(path)
+    try:
+        run = _Run(case, path)
+        section.layout = run.loaded(case.dtype).found.layout
+    except Exception as error:
+        section.error = f"cannot be loaded: {_words(error)}"
+        return section
+    compared = (*_outputs(case, run, section.unknown), *_gradients(case, run, section.unknown))
+    for name, stored, ask in compared:
+        rule = Rule()
+        try:
+            rule = rule_for(name, stored, case.facts.get("tolerance_rows", []))
+            verdict = ask(rule)
+        except Exception as error:
+            verdict = Verdict(False, float("nan"), float("nan"), _words(error))
+        section.rows.append(Row(name, tuple(stored.shape), rule, verdict))
+    return section
+
+
+Ask = Callable[[Rule], Verdict]
+
+
+def _outputs(case: Case, run: _Run, unknown: list[str]) -> Iterator[tuple[str, Tensor, Ask]]:
+    for name, stored in case.outputs.items():
+        dtype, short = _arithmetic(case, name)
+        try:
+            known = run.answers(dtype).answer(short, stored) is not None
+        except Exception:
+            known = True  # comparing it will say what is wrong
+        if not known:
+            unknown.append(name)
+            continue
+
+        def ask(rule: Rule, dtype=dtype, short=short, stored=stored) -> Verdict:
+            verdict = _compared(run.answers(dtype).answer(short, stored), stored, rule)
+            if verdict.ok:
+                return verdict
+            if dtype == torch.bfloat16 and stored.is_floating_point():
+                return _over_orders(run, short, stored, rule, verdict)
+            answers = run.answers(dtype)
+            if isinstance(answers, FlowAnswers) and (answer := answers.cached_from_stored(short)):
+                again = _compared(answer, stored, rule)
+                note = f"from out.prefix_embs; from the inputs {verdict.max_abs:.1e}"
+                return replace(again, note=note) if again.ok else verdict
+            return verdict
+
+        yield name, stored, ask
+
+
+def _compared(answer: Answer | None, stored: Tensor, rule: Rule) -> Verdict:
+    assert answer is not None
+    return compare(answer.ours, stored, rule, answer.where)
+
+
+def _over_orders(run: _Run, short: str, stored: Tensor, rule: Rule, own: Verdict) -> Verdict:
+    answers = [answers.answer(short, stored) for answers in run.orders()]
+    found = [a for a in answers if a is not None and a.ours.shape == stored.shape]
+    if len(found) < 2:
+        return own
+    all_of = torch.stack([a.ours.double() for a in found])
+    nearest = stored.double().clamp(all_of.amin(dim=0), all_of.amax(dim=0))
+    off = compare(nearest, stored, rule, found[0].where)
+    note = f"{len(found)} orders of rounding give a range; {off.max_abs:.1e} from it"
+    return replace(own, ok=True, note=note) if off.ok else own
+
+
+def _gradients(case: Case, run: _Run, unknown: list[str]) -> Iterator[tuple[str, Tensor, Ask]]:
+    if not case.gradients:
+        return
+    names = run.names
+    stored = joined_twins(names, case.gradients)
+    loudest = max(x.double().norm().item() for x in stored.values())
+    for name, theirs in stored.items():
+        resolved = Gradients(names, {}).resolve(name)
+        if resolved is None:
+            unknown.append(f"grad.{name}")
+            continue
+
+        def ask(rule: Rule, resolved=resolved, theirs=theirs) -> Verdict:
+            ours = run.gradients(case.dtype)[resolved]
+            verdict = compare(ours, theirs, rule)
+            quiet = 1e-5 * loudest
+            if verdict.ok or max(ours.double().norm(), theirs.double().norm()) > quiet:
+                return verdict
+            exact = run.gradients(torch.float64)[resolved].norm()
+            if exact > 1e-3 * theirs.double().norm():
+                return verdict
+            return replace(verdict, ok=True, note="zero but for rounding: 0 in float64")
+
+        yield f"grad.{name}", theirs, ask
+
+
+def _arithmetic(case: Case, name: str) -> tuple[torch.dtype, str]:
+    """The arithmetic of an `out.*` tensor, and its name without what tells of it."""
+    first, _, rest = name.removeprefix("out.").partition(".")
+    if rest and first in DTYPES:
+        return DTYPES[first], rest
+    if rest and first in MAKERS:
+        return case.dtype, rest
+    return case.dtype, name.removeprefix("out.")
+
+
+class _Run:
+    """One set of weights in every arithmetic that is asked for, loaded once for each."""
+
+    def __init__(self, case: Case, path: Path) -> None:
+        self.case, self.path = case, path
+        self._loaded: dict[torch.dtype, Loaded] = {}
+        self._answers: dict[torch.dtype, Answers] = {}
+        self._grads: dict[torch.dtype, Mapping[str, Tensor]] = {}
+
+    def loaded(self, dtype: torch.dtype) -> Loaded:
+        if dtype not in self._loaded:
+            self._loaded[dtype] = self._load(dtype)
+        return self._loaded[dtype]
+
+    def answers(self, dtype: torch.dtype) -> Answers:
+        if dtype not in self._answers:
+            self._answers[dtype] = self._make(self.loaded(dtype).model)
+        return self._answers[dtype]
+
+    def gradients(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        if dtype not in self._grads:
+            ours = gradients_of(self.loaded(dtype).model, self.answers(dtype).loss())
+            self._grads[dtype] = Gradients(self.names, ours).theirs()
+        return self._grads[dtype]
+
+    @cached_property
+    def names(self) -> Found:
+        """The checkpoint whose names the gradients go by: the case's first."""
+        first = self.case.sources[0]
+        if self.path == first:
+            return self.loaded(self.case.dtype).found
+        return inspect(first, overrides=self.case.overrides(), kind=self.case.kind)
+
+    def orders(self) -> Iterator[Answers]:
+        """Answers in bfloat16, rounded at different places."""
+        yield self.answers(torch.bfloat16)
+        model = self._load(torch.bfloat16).model
+        yield _WithMath(self._make(model))
+        yield self._make(self._load(torch.bfloat16).model.float())
+
+    def _load(self, dtype: torch.dtype) -> Loaded:
+        overrides, kind = self.case.overrides(), self.case.kind
+        return load_model(self.path, dtype=dtype, overrides=overrides, kind=kind)
+
+    def _make(self, model) -> Answers:
+        return (FastAnswers if self.case.family == FAST else FlowAnswers)(self.case, model)
+
+
+@dataclass(frozen=True)
+class _WithMath:
+    """Answers with attention written out, in place of the fused kernel."""
+
+    answers: Answers
+
+    def answer(self, name: str, stored: Tensor) -> Answer | None:
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.answers.answer(name, stored)
+
+    def loss(self) -> Tensor:
+        return self.answers.loss()
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
