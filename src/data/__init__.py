@@ -21,9 +21,10 @@ from pizero.data.sampler import Order, rank_samples
 # Between the robot's units and the model's
 from pizero.data.augment import Augmentation
 from pizero.data.images import decode_image, encode_image, resize_image
+from pizero.data.normalize import Normalizer
 from pizero.data.pipeline import PolicyPipeline
+from pizero.data.robot import Robot
 from pizero.data.stats import (
-    Normalizer,
     Statistics,
     compute_statistics,
     load_statistics,
@@ -46,6 +47,7 @@ __all__ = [
     "PolicyPipeline",
     "RldsDataset",
     "RldsWriter",
+    "Robot",
     "Statistics",
     "Tokenizer",
     "TrainLoader",

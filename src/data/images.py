@@ -8,6 +8,7 @@ Pillow's.
 from __future__ import annotations
 
 import io
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -24,7 +25,8 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
 }
-RESIZE_KINDS = (*_FILTERS, "pad")
+_LINEAR = {"pad_antialiased": True, "pad_bilinear": False}  # openpi's inside the model
+RESIZE_KINDS = (*_FILTERS, "pad", *_LINEAR)
 
 
 def decode_image(data: bytes) -> Array:
@@ -56,23 +58,72 @@ def encode_image(image: Array, *, encoding: str = "jpeg", quality: int = 95) -> 
     return stream.getvalue()
 
 
-def resize_image(image: Array, size: tuple[int, int], *, kind: str) -> Array:
+def parse_image(image: Array) -> Array:
+    """uint8 [... h w 3] from what clients send; openpi's rule.
+
+    A first axis of 3 (before it: frames) means channels first. Floats count from 0 to 1 and are
+    truncated to 256 levels; other floats are refused, where openpi lets them wrap round.
+    """
+    image = np.asarray(image)
+    if image.ndim not in (3, 4) or 3 not in (image.shape[-3], image.shape[-1]):
+        raise ValueError(f"expected uint8 [h w 3], got {image.dtype} {list(image.shape)}")
+    if np.issubdtype(image.dtype, np.floating):
+        if not (image.min() >= 0 and image.max() <= 1):
+            raise ValueError(
+                f"expected pictures of floats in [0, 1], got {image.min():g} to {image.max():g}"
+            )
+        image = (255 * image).astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise ValueError(f"expected uint8 [h w 3], got {image.dtype} {list(image.shape)}")
+    return np.moveaxis(image, -3, -1) if image.shape[-3] == 3 else image
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int], *, kind: str) -> np.ndarray:
     """Resize to (height, width); an image that fits already is returned as it is.
 
-    `lanczos`, `bicubic` and `bilinear` stretch (Octo-style data uses lanczos); `pad` keeps the
-    aspect ratio and fills up with black, centred, as openpi does.
+    `lanczos`, `bicubic` and `bilinear` stretch (Octo-style data uses lanczos). The others keep the
+    aspect ratio and fill up with black, centred: `pad` as openpi's policies and clients do,
+    `pad_antialiased` and `pad_bilinear` as its JAX and its PyTorch models do with pictures of
+    another size. These two also take floats [h w 3] in [-1, 1], and then give floats.
     """
     if kind not in RESIZE_KINDS:
         raise ValueError(f"expected resize to be one of {', '.join(RESIZE_KINDS)}, got {kind!r}")
+    if image.dtype != np.uint8 and kind not in _LINEAR:
+        raise ValueError(f"{kind} resizes uint8 [h w 3], got {image.dtype} {list(image.shape)}")
     height, width = size
     if image.shape[:2] == (height, width):
         return image
-    if kind != "pad":
+    if kind in _FILTERS:
         return np.array(Image.fromarray(image).resize((width, height), _FILTERS[kind]))
     ratio = max(image.shape[1] / width, image.shape[0] / height)
-    inner_h, inner_w = int(image.shape[0] / ratio), int(image.shape[1] / ratio)
-    inner = Image.fromarray(image).resize((inner_w, inner_h), Image.Resampling.BILINEAR)
-    padded = np.zeros((height, width, 3), np.uint8)
-    top, left = (height - inner_h) // 2, (width - inner_w) // 2
-    padded[top : top + inner_h, left : left + inner_w] = np.asarray(inner)
+    inner = (int(image.shape[0] / ratio), int(image.shape[1] / ratio))
+    if kind == "pad":
+        shape = (inner[1], inner[0])
+        content = np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BILINEAR))
+    else:
+        content = _resize_linear(image, inner, antialias=_LINEAR[kind])
+    black = 0 if image.dtype == np.uint8 else -1
+    padded = np.full((height, width, 3), black, image.dtype)
+    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    padded[top : top + inner[0], left : left + inner[1]] = content
     return padded
+
+
+def _resize_linear(image: np.ndarray, size: tuple[int, int], *, antialias: bool) -> np.ndarray:
+    vertical = _linear_weights(image.shape[0], size[0], antialias)
+    horizontal = _linear_weights(image.shape[1], size[1], antialias)
+    resized = np.einsum("ih,hwc->iwc", vertical, image.astype(np.float32), optimize=True)
+    resized = np.einsum("jw,iwc->ijc", horizontal, resized, optimize=True)
+    if image.dtype == np.uint8:
+        return np.clip(np.rint(resized), 0, 255).astype(np.uint8)
+    return np.clip(resized, -1, 1).astype(image.dtype)
+
+
+@lru_cache(maxsize=32)
+def _linear_weights(old: int, new: int, antialias: bool) -> np.ndarray:
+    """float32 [new old]: share of each old pixel in each new one; rows sum to 1."""
+    step = old / new
+    centers = (np.arange(new) + 0.5) * step - 0.5
+    distance = np.abs(centers[:, None] - np.arange(old))
+    weights = np.maximum(0, 1 - distance / (max(step, 1.0) if antialias else 1.0))
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)

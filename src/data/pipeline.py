@@ -12,42 +12,45 @@ import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from pizero.data.images import RESIZE_KINDS, resize_image
-from pizero.data.stats import (
-    Normalizer,
-    Statistics,
-    load_statistics,
-    save_statistics,
-    subtract_state,
-)
-from pizero.data.tokenizer import PAD, PROMPTS, Tokenizer
+from pizero.data.images import RESIZE_KINDS, parse_image, resize_image
+from pizero.data.normalize import expect_one_of, make_normalizer, subtract_state
+from pizero.data.robot import Robot
+from pizero.data.stats import load_statistics, save_statistics
+from pizero.data.tokenizer import PAD, PROMPTS, WITH_STATE, Tokenizer
 from pizero.types import Batch, Observation
 
 Encoded = dict[str, np.ndarray]
 log = logging.getLogger(__name__)
-NORMALIZER_KEYS = ("kind", "mask", "clip", "epsilon", "min_scale")
+_T = TypeVar("_T")
+State = np.ndarray | Mapping[str, np.ndarray]  # of a robot with several parts: by name
 
 
 class PolicyPipeline:
     """Encodes what a robot gives and decodes what a model answers.
 
+    robot             what is special about the robot (robot.Robot). With one, `cameras`, `resize`,
+                      `statistics`, `normalization` and `delta_mask` may be left to it, by None
     cameras           names in the order the model sees them; one that a sample lacks is a black
                       image with mask False
-    image_size        (height, width) of the model's images; resize is one of images.RESIZE_KINDS
+    black_cameras     those of them that the model looks at even where they are lacking (all of
+                      pi0-FAST's)
+    image_size        (height, width) of the model's images; resize is one of images.RESIZE_KINDS,
+                      None without a robot: lanczos
     tokenizer         path of a SentencePiece file
     max_tokens        longest prompt; longer ones are cut, with a warning
-    prompt            "pi0" or "pi05"
+    prompt            one of tokenizer.PROMPTS
     statistics        path of a statistics file, or its content
     normalization     {"state": ..., "action": ...}: a kind, or {kind:, mask:, clip:, ...} as in
                       Normalizer
     horizon, action_dim, state_dim   the model's sizes; robot values are padded with zeros.
                       state_dim None: the model has no state input (pi0.5 puts it in the prompt)
-    delta_mask        dimensions of actions that are learned relative to the present state
+    delta_mask        dimensions of actions that are learned relative to the present state; []:
+                      none, even where the robot has some
     frames            history per camera and state, oldest first
     robot_state_dim, robot_action_dim   cut statistics that were saved padded to a model's width
     trim_tokens       pad prompts to the longest of the batch only, instead of to max_tokens
@@ -58,16 +61,18 @@ class PolicyPipeline:
     def __init__(
         self,
         *,
-        cameras: Sequence[str],
         image_size: Sequence[int],
         tokenizer: str | Path,
         max_tokens: int,
-        statistics: str | Path | Mapping[str, Any],
-        normalization: Mapping[str, str | Mapping[str, Any]],
         horizon: int,
         action_dim: int,
         state_dim: int | None,
-        resize: str = "lanczos",
+        robot: Robot | None = None,
+        cameras: Sequence[str] | None = None,
+        black_cameras: Sequence[str] = (),
+        statistics: str | Path | Mapping[str, Any] | None = None,
+        normalization: Mapping[str, str | Mapping[str, Any]] | None = None,
+        resize: str | None = None,
         prompt: str = "pi0",
         delta_mask: Sequence[bool] | None = None,
         frames: int = 1,
@@ -77,31 +82,48 @@ class PolicyPipeline:
         learn_past_end: bool = False,
         learn_padding: bool = False,
     ) -> None:
+        self.robot, dataset = robot, None
+        if robot is not None:
+            cameras = list(robot.cameras) if cameras is None else cameras
+            normalization = robot.normalization if normalization is None else normalization
+            delta_mask = robot.delta_mask if delta_mask is None else delta_mask
+            resize = robot.resize if resize is None else resize
+            if statistics is None:
+                statistics, dataset = robot.statistics, robot.dataset
+            robot_state_dim = _agreed("state", robot_state_dim, robot.state_dim)
+            robot_action_dim = _agreed("action", robot_action_dim, robot.action_dim)
+        resize = "lanczos" if resize is None else resize
+        cameras = _needed("cameras", cameras)
+        normalization = _needed("normalization", normalization)
         if not cameras or len(set(cameras)) != len(cameras):
             raise ValueError(f"expected distinct camera names, got {list(cameras)}")
+        for name in black_cameras:
+            expect_one_of("a name in black_cameras", name, tuple(cameras))
         if len(image_size) != 2:
             raise ValueError(f"expected image_size (height, width), got {list(image_size)}")
-        _expect_one_of("resize", resize, RESIZE_KINDS)
-        _expect_one_of("prompt", prompt, PROMPTS)
-        self.cameras = tuple(cameras)
+        expect_one_of("resize", resize, RESIZE_KINDS)
+        expect_one_of("prompt", prompt, PROMPTS)
+        self.cameras, self.black_cameras = tuple(cameras), tuple(black_cameras)
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.resize, self.prompt, self.frames = resize, prompt, frames
         self.max_tokens, self.trim_tokens = max_tokens, trim_tokens
         self.horizon, self.action_dim, self.state_dim = horizon, action_dim, state_dim
-        self.delta_mask = None if delta_mask is None else tuple(delta_mask)
+        self.delta_mask = tuple(delta_mask) if delta_mask else None
         self.learn_past_end, self.learn_padding = learn_past_end, learn_padding
         self.tokenizer = Tokenizer(tokenizer)
-        self.statistics = load_statistics(statistics)
+        self.statistics = load_statistics(_needed("statistics", statistics), dataset=dataset)
         for name in normalization:
-            _expect_one_of("a name in normalization", name, ("action", "state"))
+            expect_one_of("a name in normalization", name, ("action", "state"))
         cuts = {"state": robot_state_dim, "action": robot_action_dim}
         self._normalizers = {
-            name: _normalizer(name, rule, self.statistics, cuts[name])
+            name: make_normalizer(name, rule, self.statistics, cuts[name])
             for name, rule in normalization.items()
         }
         if "action" not in self._normalizers:
             raise ValueError(f"expected normalization of 'action', got {sorted(normalization)}")
-        self._needs_state = state_dim is not None or prompt == "pi05" or delta_mask is not None
+        self._needs_state = (
+            state_dim is not None or prompt in WITH_STATE or self.delta_mask is not None
+        )
         if self._needs_state and "state" not in self._normalizers:
             raise ValueError(f"expected normalization of 'state', got {sorted(normalization)}")
         for name, width in (("state", state_dim), ("action", action_dim)):
@@ -119,10 +141,17 @@ class PolicyPipeline:
         """Dimensions of an action in robot units."""
         return self._normalizers["action"].size
 
+    @property
+    def robot_state_dim(self) -> int:
+        """Entries of the state that `observation` takes; 0 where the policy reads none."""
+        if self.robot is not None:
+            return self.robot.live_state_dim
+        return self._normalizers["state"].size if self._needs_state else 0
+
     def encode(self, sample: Mapping[str, Any]) -> Encoded:
         """A dataset's sample as arrays of the model's shapes, for `collate`."""
         encoded = self.observation(
-            images=sample["images"], text=sample["text"], state=sample.get("state")
+            images=sample["images"], text=sample["text"], state=sample.get("state"), live=False
         )
         actions = np.asarray(sample["actions"], np.float64)
         if actions.shape != (self.horizon, self.robot_action_dim):
@@ -130,8 +159,11 @@ class PolicyPipeline:
                 f"expected actions of shape {[self.horizon, self.robot_action_dim]} (horizon of "
                 f"the model, dimensions of the statistics), got {list(actions.shape)}"
             )
+        if self.robot is not None:
+            actions = self.robot.encode_actions(actions)
         if self.delta_mask is not None:
-            actions = subtract_state(actions, self._frames(sample["state"])[-1], self.delta_mask)
+            state = self._policy_state(sample["state"], live=False)
+            actions = subtract_state(actions, self._frames(state)[-1], self.delta_mask)
         counts = np.ones((self.horizon, self.action_dim), bool)
         if not self.learn_past_end:
             counts &= ~np.asarray(sample["action_is_pad"], bool)[:, None]
@@ -143,21 +175,33 @@ class PolicyPipeline:
         return encoded
 
     def observation(
-        self, *, images: Mapping[str, np.ndarray], text: str, state: np.ndarray | None = None
+        self,
+        *,
+        images: Mapping[str, np.ndarray],
+        text: str | None,
+        state: State | None = None,
+        live: bool = True,
     ) -> Encoded:
         """What a robot sees as arrays of the model's shapes, for `collate_observations`.
 
-        Images are uint8 [h w 3], with history [frames h w 3]; the state [S] or [frames S].
+        Images are uint8 [h w 3], or what else images.parse_image takes, with history
+        [frames ...]; the state is [S] or [frames S], or its parts by name. `live` False: they come
+        from a data set of the robot, which may not speak as the robot does.
         """
+        if text is None:
+            text = None if self.robot is None else self.robot.default_text
+            if text is None:
+                raise ValueError("expected an instruction, got None")
         encoded: Encoded = {}
-        encoded["images"], encoded["image_mask"] = self._images(images)
+        encoded["images"], encoded["image_mask"] = self._images(images, live)
         normalized = None
         if self._needs_state:
             if state is None:
                 raise ValueError(
                     "this policy reads the robot's state; expected state [S], got None"
                 )
-            normalized = self._normalizers["state"].normalize(self._frames(state))
+            present = self._frames(self._policy_state(state, live))
+            normalized = self._normalizers["state"].normalize(present)
             if self.state_dim is not None:
                 encoded["state"] = _pad_last(normalized, self.state_dim)
         encoded["tokens"] = self._prompt(text, normalized)
@@ -190,11 +234,16 @@ class PolicyPipeline:
         )
 
     def decode_actions(
-        self, actions: np.ndarray | torch.Tensor, state: np.ndarray | None = None
+        self,
+        actions: np.ndarray | torch.Tensor,
+        state: State | None = None,
+        *,
+        live: bool = True,
     ) -> np.ndarray:
         """The model's actions [... horizon action_dim] in robot units, float32.
 
-        `state` [... S] is the one the actions were predicted from; needed with a delta mask only.
+        `state` [... S] (or [... frames S]: the last counts) is the one the actions were predicted
+        from; needed with a delta mask only. `live` False: as the robot's data has them.
         """
         if isinstance(actions, torch.Tensor):
             actions = actions.detach().float().cpu().numpy()
@@ -207,8 +256,12 @@ class PolicyPipeline:
         if self.delta_mask is not None:
             if state is None:
                 raise ValueError("actions are relative to the state; expected state, got None")
-            present = np.asarray(state, np.float64)[..., None, :]
-            values = subtract_state(values, present, self.delta_mask, sign=1)
+            present = np.asarray(self._policy_state(state, live), np.float64)
+            if 1 < present.ndim == values.ndim:
+                present = present[..., -1, :]
+            values = subtract_state(values, present[..., None, :], self.delta_mask, sign=1)
+        if self.robot is not None:
+            values = self.robot.decode_actions(values, live=live)
         return values.astype(np.float32)
 
     def save_assets(self, folder: str | Path) -> dict[str, str]:
@@ -218,33 +271,40 @@ class PolicyPipeline:
         self.tokenizer.save(folder / "tokenizer.model")
         return {"statistics": "stats.json", "tokenizer": "tokenizer.model"}
 
-    def _images(self, images: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [cameras * frames, h, w, 3] and which of them are real."""
-        unknown = [name for name in images if name not in self.cameras]
-        if unknown or not images:
+    def _images(
+        self, images: Mapping[str, np.ndarray], live: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [cameras * frames, h, w, 3] and which of them the model looks at."""
+        views = {name: _parsed(name, image) for name, image in images.items()}
+        if self.robot is not None:
+            views = self.robot.rename_images(views, live=live)
+        unknown = [name for name in views if name not in self.cameras]
+        if unknown or not views:
             got = repr(unknown[0]) if unknown else "no image"
             near = difflib.get_close_matches(unknown[0], self.cameras, 1) if unknown else []
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"expected images of {', '.join(self.cameras)}, got {got}{hint}")
         stacked = np.zeros((len(self.cameras), self.frames, *self.image_size, 3), np.uint8)
         for i, name in enumerate(self.cameras):
-            if name not in images:
+            if name not in views:
                 continue
-            views = np.asarray(images[name])
-            views = views[None] if views.ndim == 3 else views
-            if views.dtype != np.uint8 or views.ndim != 4 or views.shape[-1] != 3:
+            if len(views[name]) != self.frames:
                 raise ValueError(
-                    f"camera {name!r}: expected uint8 [h w 3], got {views.dtype} "
-                    f"{list(np.shape(images[name]))}"
+                    f"camera {name!r}: expected {self.frames} frames, got {len(views[name])}"
                 )
-            if len(views) != self.frames:
-                raise ValueError(
-                    f"camera {name!r}: expected {self.frames} frames, got {len(views)}"
-                )
-            for j, view in enumerate(views):
+            for j, view in enumerate(views[name]):
                 stacked[i, j] = resize_image(view, self.image_size, kind=self.resize)
-        mask = np.repeat([name in images for name in self.cameras], self.frames)
+        seen = {*views, *self.black_cameras}
+        mask = np.repeat([name in seen for name in self.cameras], self.frames)
         return stacked.reshape(-1, *self.image_size, 3), mask
+
+    def _policy_state(self, state: State, live: bool) -> np.ndarray:
+        """The state as it is normalised, [S] or [frames S]."""
+        if self.robot is not None:
+            return self.robot.encode_state(self.robot.data_state(state, live=live))
+        if isinstance(state, Mapping):
+            raise ValueError(f"expected state [S], got parts {sorted(state)} and no robot to join")
+        return state
 
     def _frames(self, state: np.ndarray) -> np.ndarray:
         """The state as float64 [frames S]."""
@@ -258,9 +318,12 @@ class PolicyPipeline:
         return state
 
     def _prompt(self, text: str, state: np.ndarray | None) -> np.ndarray:
-        if self.prompt == "pi05":
+        if self.prompt in WITH_STATE:
             assert state is not None
-            tokens = self.tokenizer.prompt(text, format="pi05", state=state[-1])
+            present = state[-1]
+            if self.prompt == "lerobot_pi05":  # the state is padded to the width of the actions
+                present = np.pad(present, (0, self.action_dim - len(present)))
+            tokens = self.tokenizer.prompt(text, format=self.prompt, state=present)
             return self._fit(np.array(tokens, np.int64), text)
         if text not in self._tokens:
             tokens = self.tokenizer.prompt(text, format=self.prompt)
@@ -279,24 +342,25 @@ class PolicyPipeline:
         return tokens[: self.max_tokens]
 
 
-def _normalizer(
-    name: str,
-    rule: str | Mapping[str, Any],
-    statistics: Mapping[str, Statistics],
-    width: int | None,
-) -> Normalizer:
-    if name not in statistics:
-        raise ValueError(f"expected statistics of {name!r}, got only {sorted(statistics)}")
-    rule = {"kind": rule} if isinstance(rule, str) else rule
-    for key in rule:
-        _expect_one_of(f"a key of normalization.{name}", key, NORMALIZER_KEYS)
-    if "kind" not in rule:
-        raise ValueError(f"expected a kind in the normalization of {name!r}, got {sorted(rule)}")
-    chosen = statistics[name] if width is None else statistics[name].cut(width)
+def _parsed(name: str, image: np.ndarray) -> np.ndarray:
+    """uint8 [frames h w 3]."""
     try:
-        return Normalizer(statistics=chosen, **rule)
+        views = parse_image(image)
     except ValueError as error:
-        raise ValueError(f"normalization of {name!r}: {error}") from error
+        raise ValueError(f"camera {name!r}: {error}") from error
+    return views[None] if views.ndim == 3 else views
+
+
+def _agreed(name: str, given: int | None, robots: int) -> int:
+    if given not in (None, robots):
+        raise ValueError(f"robot_{name}_dim is {given}, but the robot's {name} has {robots}")
+    return robots
+
+
+def _needed(name: str, value: _T | None) -> _T:
+    if value is None:
+        raise ValueError(f"expected {name}, got None from the pipeline and from its robot")
+    return value
 
 
 def _pad_last(values: np.ndarray, width: int) -> np.ndarray:
@@ -307,10 +371,3 @@ def _pad_last(values: np.ndarray, width: int) -> np.ndarray:
 
 def _stack(encoded: Sequence[Encoded], key: str) -> torch.Tensor:
     return torch.from_numpy(np.stack([e[key] for e in encoded]))
-
-
-def _expect_one_of(what: str, got: str, known: Sequence[str]) -> None:
-    if got not in known:
-        near = difflib.get_close_matches(got, known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"expected {what} to be one of {', '.join(known)}, got {got!r}{hint}")

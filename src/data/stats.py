@@ -1,51 +1,51 @@
-"""Statistics of states and actions, and the normalisation made from them.
+"""Statistics of states and actions: computed from data, read from and written to files.
 
-The JSON layout is openpi's `norm_stats.json` with three more entries (min, max, count); files of
-Octo and OpenVLA (p01/p99, `proprio`) are read as well. Names here are `state` and `action`.
+Names here are `state` and `action`. Files come in several dialects (`DIALECTS`), ours being
+openpi's with more entries (min, max, count); which one a file has shows in its structure.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors.numpy import load_file, save
 
 from pizero.data.dataset import RldsDataset
 from pizero.data.mix import Mix
+from pizero.data.normalize import subtract_state
 
-_NAMES = {"actions": "action", "proprio": "state"}
+if TYPE_CHECKING:
+    from pizero.data.robot import Robot
+
 _ARRAYS = ("mean", "std", "min", "max", "q01", "q99")
-_FIELDS = {"p01": "q01", "p99": "q99"}
-_NEEDS = {
-    "z_score": ("mean", "std"),
-    "quantile": ("q01", "q99"),
-    "min_max": ("min", "max"),
-    "identity": (),
-}
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Per dimension [d], over all frames; an entry a file does not have is None."""
+    """Per dimension [d], over all frames; an entry a file does not have is None.
 
-    mean: np.ndarray
-    std: np.ndarray
+    Mean and std, or q01 and q99, or min and max are enough.
+    """
+
+    mean: np.ndarray | None = None
+    std: np.ndarray | None = None
     min: np.ndarray | None = None
     max: np.ndarray | None = None
     q01: np.ndarray | None = None
     q99: np.ndarray | None = None
     count: int = 0
+    mask: np.ndarray | None = None  # False: a dimension that the data's policies leave as it is
 
     @property
     def size(self) -> int:
         """Dimensions."""
-        return len(self.mean)
+        return next(len(v) for k in _ARRAYS if (v := getattr(self, k)) is not None)
 
     @classmethod
     def of(cls, values: np.ndarray) -> Statistics:
@@ -68,184 +68,276 @@ class Statistics:
         """The first `size` dimensions, for statistics that were saved padded to a model's width."""
         if size > self.size:
             raise ValueError(f"expected statistics of at least {size} dimensions, got {self.size}")
-        kept = {name: getattr(self, name) for name in _ARRAYS}
+        kept = {name: getattr(self, name) for name in (*_ARRAYS, "mask")}
         return replace(self, **{k: v[:size] for k, v in kept.items() if v is not None})
 
 
 def compute_statistics(
-    dataset: RldsDataset | Mix, *, delta_mask: Sequence[bool] | None = None
+    dataset: RldsDataset | Mix,
+    *,
+    delta_mask: Sequence[bool] | None = None,
+    robot: Robot | None = None,
 ) -> dict[str, Statistics]:
     """Statistics of `state` and `action` over a training split, from the index alone.
 
-    With `delta_mask`, actions count as the policy will see them: each of the `horizon` actions
-    ahead minus the present state on the masked dimensions, without those past the episode's end.
+    They are of what the policy will see: after the maps of `robot`, whose delta mask holds unless
+    another is given; with one, of each of the `horizon` actions ahead minus the present state on
+    the masked dimensions, without those past the episode's end.
     """
+    if robot is not None and delta_mask is None:
+        delta_mask = robot.delta_mask
     parts = list(dataset.datasets.values()) if isinstance(dataset, Mix) else [dataset]
-    actions = np.concatenate([_action_rows(part, delta_mask) for part in parts])
+    actions = np.concatenate([_action_rows(part, delta_mask, robot) for part in parts])
     found = {"action": Statistics.of(actions)}
     if all(part.state_dim for part in parts):
-        found["state"] = Statistics.of(np.concatenate([part.states for part in parts]))
+        found["state"] = Statistics.of(np.concatenate([_states(part, robot) for part in parts]))
     return found
 
 
-def save_statistics(statistics: Mapping[str, Statistics], path: str | Path) -> None:
-    """Write `norm_stats`-style JSON atomically."""
-    names = {ours: theirs for theirs, ours in _NAMES.items() if theirs == "actions"}
-    tree = {names.get(k, k): _to_json(v) for k, v in sorted(statistics.items())}
+# -- files ----------------------------------------------------------------------------------------
+
+_NAMES = {  # of a group in some file -> ours
+    "state": "state",
+    "proprio": "state",
+    "observation.state": "state",
+    "action": "action",
+    "actions": "action",
+}
+_FIELDS = {"p01": "q01", "p99": "q99"}
+_OPENPI = ("mean", "std", "q01", "q99")
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """How a project spells statistics; `required` are entries its readers fail without."""
+
+    state: str
+    action: str
+    entries: tuple[str, ...] = _ARRAYS
+    required: tuple[str, ...] = ()
+
+
+DIALECTS = {
+    "pizero": _Dialect("state", "actions"),
+    "openpi": _Dialect("state", "actions", _OPENPI, ("mean", "std")),
+    "giga": _Dialect("observation.state", "action", _OPENPI, ("mean", "std")),
+    "octo": _Dialect("proprio", "action"),
+    "openvla": _Dialect("proprio", "action"),
+    "lerobot": _Dialect("observation.state", "action"),
+    "lerobot_processor": _Dialect("observation.state", "action"),
+}
+
+
+def save_statistics(
+    statistics: Mapping[str, Statistics],
+    path: str | Path,
+    *,
+    dialect: str = "pizero",
+    dataset: str = "dataset",
+) -> None:
+    """Write statistics as the project named by `dialect` reads them, atomically.
+
+    pizero, openpi     norm_stats.json
+    giga               norm_stats.json with LeRobot's names
+    octo               also open-pi-zero's; p01, p99, num_transitions
+    openvla            the same below the name of the `dataset`, with masks
+    lerobot            meta/stats.json
+    lerobot_processor  the .safetensors of a normalizer step
+    """
+    if dialect not in DIALECTS:
+        raise ValueError(f"expected a dialect of {', '.join(DIALECTS)}, got {dialect!r}")
+    rule = DIALECTS[dialect]
+    groups: dict[str, dict[str, np.ndarray]] = {}
+    for name, found in sorted(statistics.items()):
+        arrays = {k: v for k in rule.entries if (v := getattr(found, k)) is not None}
+        if lacking := [k for k in rule.required if k not in arrays]:
+            raise ValueError(f"{dialect} files need {lacking}, which the {name} statistics lack")
+        groups[{"state": rule.state, "action": rule.action}.get(name, name)] = arrays
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({"norm_stats": tree}, indent=2) + "\n")
+    if dialect == "lerobot_processor":
+        tensors = {
+            f"{g}.{k}": v.astype(np.float32) for g, a in groups.items() for k, v in a.items()
+        }
+        temporary.write_bytes(save(tensors))
+    else:
+        tree = _json_tree(groups, statistics, dialect, dataset)
+        temporary.write_text(json.dumps(tree, indent=2) + "\n")
     os.replace(temporary, path)
 
 
-def load_statistics(source: str | Path | Mapping[str, Any]) -> dict[str, Statistics]:
-    """Statistics by name from a file, from its JSON tree, or from Statistics as they are."""
-    where = "the given statistics"
+def load_statistics(
+    source: str | Path | Mapping[str, Any], *, dataset: str | None = None
+) -> dict[str, Statistics]:
+    """Statistics by name from a file, from its JSON tree, or from Statistics as they are.
+
+    A bare name such as "bridge" means the published statistics that come with the library.
+    `dataset` picks one from a file that holds those of several, as OpenVLA's do.
+    """
+    where, tree = "the given statistics", source
     if isinstance(source, str | Path):
-        where = str(source)
-        path = Path(source).expanduser()
-        if not path.is_file():
-            near = sorted(p.name for p in path.parent.glob("*.json"))
-            raise ValueError(
-                f"no statistics at {path}: expected a JSON file; that folder has "
-                f"{', '.join(near) or 'no JSON file'}. compute_statistics makes one"
-            )
-        tree: Mapping[str, Any] = json.loads(path.read_text())
-    else:
-        tree = source
-    if "norm_stats" in tree:
-        tree = tree["norm_stats"]
-    elif len(tree) == 1 and not _has_groups(tree) and _has_groups(next(iter(tree.values()))):
-        tree = next(iter(tree.values()))  # OpenVLA nests everything under the dataset's name
-    found = {_NAMES.get(k, k): _from_json(v, f"{where}, {k}") for k, v in tree.items() if _is(v)}
+        path = _find(source)
+        where, tree = str(path), _read(path)
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{where}: expected groups 'state' and 'actions', got {type(tree)}")
+    tree = _select(tree.get("norm_stats", tree), dataset, where)
+    count = int(tree.get("num_transitions") or 0)
+    found: dict[str, Statistics] = {}
+    for key, value in tree.items():
+        if key not in _NAMES or not _is_group(value):
+            continue
+        if _NAMES[key] in found:
+            raise ValueError(f"{where}: more than one group of {_NAMES[key]!r}, {key!r} is one")
+        found[_NAMES[key]] = _from_json(value, f"{where}, {key}", count)
     if not found:
         raise ValueError(f"{where}: expected groups 'state' and 'actions', got {sorted(tree)}")
     return found
 
 
-class Normalizer:
-    """Maps robot units to what the model sees, and back; arrays [... d].
-
-    z_score     (x - mean) / (std + epsilon)
-    quantile    2 (x - q01) / (q99 - q01 + epsilon) - 1
-    min_max     2 (x - min) / (max - min + epsilon) - 1
-    identity    x
-
-    `mask` False leaves a dimension as it is (grippers). A dimension whose spread (std, or the
-    range) is below `min_scale` is constant for our purposes: it is only centred, not divided, so
-    noise in it cannot blow up; with `min_scale=0` the formula applies regardless, as in openpi.
-    `clip` bounds the normalised values on the way in.
-    """
-
-    def __init__(
-        self,
-        *,
-        kind: str,
-        statistics: Statistics,
-        mask: Sequence[bool] | None = None,
-        clip: float | None = None,
-        epsilon: float = 1e-6,
-        min_scale: float = 1e-4,
-    ) -> None:
-        if kind not in _NEEDS:
-            near = difflib.get_close_matches(kind, _NEEDS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"expected normalization {', '.join(_NEEDS)}, got {kind!r}{hint}")
-        missing = [name for name in _NEEDS[kind] if getattr(statistics, name) is None]
-        if missing:
-            raise ValueError(f"{kind} normalization needs {missing}, which the statistics lack")
-        self.kind, self.clip, self.size = kind, clip, statistics.size
-        center, scale = _center_and_scale(kind, statistics, epsilon, min_scale)
-        if mask is not None:
-            if len(mask) != self.size:
-                raise ValueError(f"mask has {len(mask)} entries, statistics {self.size} dimensions")
-            center = np.where(mask, center, 0.0)
-            scale = np.where(mask, scale, 1.0)
-        self.center, self.scale = center, scale
-
-    def normalize(self, x: np.ndarray) -> np.ndarray:
-        """Robot units to model units."""
-        y = (self._checked(x) - self.center) / self.scale
-        return y if self.clip is None else np.clip(y, -self.clip, self.clip)
-
-    def denormalize(self, y: np.ndarray) -> np.ndarray:
-        """Model units to robot units."""
-        return self._checked(y) * self.scale + self.center
-
-    def _checked(self, x: np.ndarray) -> np.ndarray:
-        if x.shape[-1] != self.size:
-            raise ValueError(
-                f"expected {self.size} dimensions as in the statistics, got values of shape "
-                f"{list(x.shape)}"
-            )
-        return x
+def published_statistics() -> dict[str, Path]:
+    """The files of published statistics that come with the library, by name."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package.parent / "config", package / "config"):
+        if files := sorted((folder / "robot" / "statistics").glob("*.json")):
+            return {file.stem: file for file in files}
+    return {}
 
 
-def _center_and_scale(
-    kind: str, statistics: Statistics, epsilon: float, min_scale: float
-) -> tuple[np.ndarray, np.ndarray]:
-    if kind == "identity":
-        return np.zeros(statistics.size), np.ones(statistics.size)
-    if kind == "z_score":
-        middle = center = statistics.mean
-        spread, scale = statistics.std, statistics.std + epsilon
-    else:
-        low, high = (getattr(statistics, name) for name in _NEEDS[kind])
-        spread, middle = high - low, (low + high) / 2
-        # 2 (x - low) / s - 1 = (x - (low + s / 2)) / (s / 2) with s = spread + epsilon
-        scale = (spread + epsilon) / 2
-        center = low + scale
-    is_constant = spread < min_scale
-    return np.where(is_constant, middle, center), np.where(is_constant, 1.0, scale)
+def _find(source: str | Path) -> Path:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    published = published_statistics()
+    if str(source) in published:
+        return published[str(source)]
+    near = sorted(p.name for p in path.parent.glob("*.json"))
+    raise ValueError(
+        f"no statistics at {path}: expected a JSON file or one of {', '.join(published)}; that "
+        f"folder has {', '.join(near) or 'no JSON file'}. compute_statistics makes one"
+    )
 
 
-def _action_rows(dataset: RldsDataset, delta_mask: Sequence[bool] | None) -> np.ndarray:
-    if delta_mask is None:
-        return dataset.actions
+def _read(path: Path) -> Mapping[str, Any]:
+    """The file as one tree, group -> entry -> list."""
+    if path.suffix == ".safetensors":
+        tree: dict[str, Any] = {}
+        for name, tensor in load_file(path).items():
+            group, _, entry = name.rpartition(".")
+            tree.setdefault(group, {})[entry] = tensor
+        return tree
+    try:
+        if path.suffix == ".jsonl":
+            return _combine([json.loads(line)["stats"] for line in path.read_text().splitlines()])
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+
+
+def _combine(episodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Statistics of all frames from those of each episode (LeRobot v2.1 keeps only the latter)."""
+    tree = {}
+    for key in _NAMES.keys() & (episodes[0].keys() if episodes else set()):
+        rows = {k: np.array([e[key][k] for e in episodes], np.float64) for k in _ARRAYS[:4]}
+        counts = np.array([e[key]["count"] for e in episodes], np.float64).reshape(-1, 1)
+        mean = (counts * rows["mean"]).sum(0) / counts.sum()
+        square = (counts * (rows["std"] ** 2 + (rows["mean"] - mean) ** 2)).sum(0) / counts.sum()
+        tree[key] = {
+            "mean": mean,
+            "std": np.sqrt(square),
+            "min": rows["min"].min(0),
+            "max": rows["max"].max(0),
+            "count": int(counts.sum()),
+        }
+    return tree
+
+
+def _select(tree: Mapping[str, Any], dataset: str | None, where: str) -> Mapping[str, Any]:
+    """The part that holds groups, where they lie below names of data sets."""
+    names = [] if _has_groups(tree) else [k for k, v in tree.items() if _has_groups(v)]
+    if not names:
+        return tree
+    if dataset is None and len(names) > 1:
+        raise ValueError(f"{where}: holds statistics of {', '.join(names)}; name one (dataset=)")
+    if dataset is not None and dataset not in names:
+        raise ValueError(f"{where}: expected a data set of {', '.join(names)}, got {dataset!r}")
+    return tree[dataset or names[0]]
+
+
+def _json_tree(
+    groups: Mapping[str, Mapping[str, np.ndarray]],
+    statistics: Mapping[str, Statistics],
+    dialect: str,
+    dataset: str,
+) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    renamed = {"q01": "p01", "q99": "p99"} if dialect == "octo" else {}
+    for (name, arrays), found in zip(
+        groups.items(), (v for _, v in sorted(statistics.items())), strict=True
+    ):
+        tree[name] = {renamed.get(k, k): v.tolist() for k, v in arrays.items()}
+        if dialect in ("pizero", "openvla") and found.mask is not None:
+            tree[name]["mask"] = found.mask.tolist()
+        if dialect == "pizero":
+            tree[name]["count"] = found.count
+        elif dialect == "lerobot":
+            tree[name]["count"] = [found.count]
+    if dialect in ("pizero", "openpi", "giga"):
+        return {"norm_stats": tree}
+    if dialect in ("octo", "openvla"):
+        tree["num_transitions"] = max((s.count for s in statistics.values()), default=0)
+    return {dataset: tree} if dialect == "openvla" else tree
+
+
+def _from_json(tree: Any, where: str, count: int) -> Statistics:
+    if isinstance(tree, Statistics):
+        return tree
+    named = {_FIELDS.get(k, k): v for k, v in tree.items()}
+    arrays = {k: np.asarray(named[k], np.float64) for k in _ARRAYS if named.get(k) is not None}
+    sizes = {k: v.shape for k, v in arrays.items()}
+    whole = any({a, b} <= set(sizes) for a, b in zip(_ARRAYS[::2], _ARRAYS[1::2], strict=True))
+    if not whole or len(set(sizes.values())) != 1:
+        raise ValueError(
+            f"{where}: expected mean, std and others of one length, or q01 and q99 alone, got "
+            f"{sizes}"
+        )
+    if len(next(iter(sizes.values()))) != 1:
+        raise ValueError(f"{where}: expected vectors [d], got {sizes}")
+    mask = None if named.get("mask") is None else np.asarray(named["mask"], bool)
+    if mask is not None and mask.shape not in sizes.values():
+        raise ValueError(f"{where}: the mask has {len(mask)} entries, the others {sizes}")
+    count = int(np.max(named.get("count", count) or 0))
+    return Statistics(**arrays, count=count, mask=mask)
+
+
+def _is_group(value: Any) -> bool:
+    known = {*_ARRAYS, *_FIELDS}
+    return isinstance(value, Statistics) or (isinstance(value, Mapping) and bool(known & {*value}))
+
+
+def _has_groups(tree: Any) -> bool:
+    return isinstance(tree, Mapping) and any(
+        key in _NAMES and _is_group(value) for key, value in tree.items()
+    )
+
+
+# -- rows -----------------------------------------------------------------------------------------
+
+
+def _states(dataset: RldsDataset, robot: Robot | None) -> np.ndarray:
+    return dataset.states if robot is None else robot.encode_state(dataset.states)
+
+
+def _action_rows(
+    dataset: RldsDataset, delta_mask: Sequence[bool] | None, robot: Robot | None
+) -> np.ndarray:
+    actions = dataset.actions if robot is None else robot.encode_actions(dataset.actions)
+    if not delta_mask:
+        return actions
+    states = _states(dataset, robot)
     starts, lengths = dataset.episode_starts, dataset.episode_lengths
-    actions, states = dataset.actions, dataset.states
     left = np.repeat(starts + lengths, lengths) - np.arange(len(dataset))
     rows = [np.flatnonzero(left > ahead) for ahead in range(dataset.horizon)]
     pieces = [
         subtract_state(actions[r + ahead], states[r], delta_mask) for ahead, r in enumerate(rows)
     ]
     return np.concatenate(pieces)
-
-
-def subtract_state(
-    actions: np.ndarray, state: np.ndarray, delta_mask: Sequence[bool], *, sign: int = -1
-) -> np.ndarray:
-    """`actions` [... A] minus the state [... S] on the masked leading dimensions (plus: sign 1)."""
-    mask = np.asarray(delta_mask, bool)
-    if len(mask) > min(actions.shape[-1], state.shape[-1]):
-        raise ValueError(
-            f"delta_mask has {len(mask)} entries, but actions have {actions.shape[-1]} dimensions "
-            f"and the state has {state.shape[-1]}"
-        )
-    moved = np.array(actions)
-    moved[..., : len(mask)] += sign * np.where(mask, state[..., : len(mask)], 0)
-    return moved
-
-
-def _to_json(statistics: Statistics) -> dict[str, Any]:
-    entries = {f.name: getattr(statistics, f.name) for f in fields(statistics)}
-    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in entries.items()}
-
-
-def _from_json(tree: Any, where: str) -> Statistics:
-    if isinstance(tree, Statistics):
-        return tree
-    named = {_FIELDS.get(k, k): v for k, v in tree.items()}
-    arrays = {k: np.asarray(named[k], np.float64) for k in _ARRAYS if named.get(k) is not None}
-    sizes = {k: v.shape for k, v in arrays.items()}
-    if not {"mean", "std"} <= set(sizes) or len(set(sizes.values())) != 1:
-        raise ValueError(f"{where}: expected mean, std and others of one length, got {sizes}")
-    return Statistics(**arrays, count=int(named.get("count") or 0))
-
-
-def _is(value: Any) -> bool:
-    return isinstance(value, Statistics) or (isinstance(value, Mapping) and "mean" in value)
-
-
-def _has_groups(tree: Any) -> bool:
-    return isinstance(tree, Mapping) and any(_is(value) for value in tree.values())

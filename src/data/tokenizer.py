@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from pizero.data.normalize import expect_one_of
+
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
-PROMPTS = ("pi0", "pi05")
+PROMPTS = ("pi0", "pi05", "open_pi_zero", "lerobot_pi0", "lerobot_pi05")
+WITH_STATE = ("pi05", "lerobot_pi05")  # their prompts hold the normalised state
 
 
 class Tokenizer:
@@ -52,18 +55,27 @@ class Tokenizer:
     def prompt(self, text: str, *, format: str, state: np.ndarray | None = None) -> list[int]:
         """Token ids of an instruction as the policy reads it.
 
-        pi0     BOS text newline
-        pi05    BOS `Task: text, State: 128 7;` newline `Action: `, with the normalised state [d]
+        pi0           BOS text newline
+        pi05          BOS `Task: text, State: 128 7;` newline `Action: `, with the normalised state
+        open_pi_zero  BOS text newline, the text as it was given
+        lerobot_pi0   BOS text newline, the text as it was given, no newline after another
+        lerobot_pi05  pi05 with a state [d] that is padded to the model's width
+
+        `pi0` and `pi05` tidy the text up first (`clean`).
         """
-        text = clean(text)
-        if format == "pi0":
-            return [BOS, *self.encode(text), *self.encode("\n")]
-        if format == "pi05":
+        expect_one_of("the prompt format", format, PROMPTS)
+        if format in WITH_STATE:
             if state is None:
-                raise ValueError("the pi05 prompt holds the state; expected state [d], got None")
+                raise ValueError(
+                    f"the {format} prompt holds the state; expected state [d], got None"
+                )
             bins = " ".join(map(str, state_bins(state).tolist()))
-            return [BOS, *self.encode(f"Task: {text}, State: {bins};\nAction: ")]
-        raise ValueError(f"expected a prompt format of {', '.join(PROMPTS)}, got {format!r}")
+            return [BOS, *self.encode(f"Task: {clean(text)}, State: {bins};\nAction: ")]
+        if format == "pi0":
+            return [BOS, *self.encode(clean(text)), *self.encode("\n")]
+        if format == "lerobot_pi0" and text.endswith("\n"):
+            return [BOS, *self.encode(text)]
+        return [BOS, *self.encode(text + "\n")]  # one string: pieces may span several newlines
 
     def save(self, path: str | Path) -> None:
         """Write the model file atomically."""

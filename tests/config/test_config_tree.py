@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -21,9 +22,11 @@ from pizero.agent.config import (
     locate,
     primary_configs,
 )
+from pizero.data import Statistics, load_statistics, train_tokenizer
 
 TREE = config_dir()
 PRIMARIES = sorted(p.stem for p in TREE.glob("*.yaml"))
+STATISTICS = sorted(p.relative_to(TREE) for p in TREE.glob("robot/statistics/*.json"))
 GROUP_FILES = sorted(p.relative_to(TREE) for p in TREE.glob("*/**/*.yaml"))
 
 
@@ -43,6 +46,7 @@ def overrides_of(name: str) -> list[str]:
 def test_every_file_is_looked_at() -> None:
     on_disk = {p.relative_to(TREE) for p in TREE.rglob("*") if p.is_file()} - {Path("README.md")}
     looked_at = {Path(f"{name}.yaml") for name in PRIMARIES} | set(GROUP_FILES)
+    looked_at |= set(STATISTICS)
     assert looked_at == on_disk
     assert len(PRIMARIES) >= 4
     assert len(GROUP_FILES) >= 10
@@ -87,6 +91,43 @@ def test_model_builds_on_meta(path: Path) -> None:
     groups = model.parameter_groups()
     grouped = [id(p) for group in groups.values() for p in group]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("path", STATISTICS, ids=str)
+def test_published_statistics_are_read_by_name(path: Path) -> None:
+    assert load_statistics(path.stem).keys() == {"action", "state"}
+
+
+@pytest.mark.parametrize("path", [p for p in GROUP_FILES if p.parts[0] == "robot"], ids=str)
+def test_robot_builds_and_completes_a_pipeline(path: Path, tmp_path: Path) -> None:
+    """A robot that is complete in itself, and one whose model brings the normalisation."""
+    robot = compose_group("robot", path.stem)["robot"]
+    entries = [
+        Statistics(*(np.full(n, v) for v in (0.0, 1.0, -2.0, 2.0, -1.0, 1.0)))
+        for n in (sum(map(len, robot["state"].values())), len(robot["action"]))
+    ]
+    train_tokenizer(["open the drawer"], tmp_path / "t.model")
+    node = {
+        "_target_": "pizero.data.PolicyPipeline",
+        "robot": robot,
+        "image_size": [14, 14],
+        "tokenizer": str(tmp_path / "t.model"),
+        "max_tokens": 8,
+        "horizon": 2,
+        "action_dim": 32,
+        "state_dim": 32,
+    }
+    if robot.get("normalization") is None:
+        node["normalization"] = {"state": "z_score", "action": "z_score"}
+    statistics = dict(zip(("state", "action"), entries, strict=True))
+    given = {} if robot.get("statistics") else {"statistics": statistics}
+    pipeline = build(node, path="pipeline", **given)
+    pictures = {slot: np.zeros((9, 12, 3), np.uint8) for slot in pipeline.cameras[:1]}
+    state = np.full(pipeline.robot_state_dim, 0.5)
+    encoded = pipeline.observation(images=pictures, text="open", state=state)
+    assert encoded["state"].shape == (1, 32)
+    actions = pipeline.decode_actions(np.zeros((2, 32)), state)
+    assert actions.shape == (2, pipeline.robot_action_dim)
 
 
 def test_primary_files_are_short() -> None:

@@ -63,7 +63,9 @@ def test_pickles_and_saves_itself(tokenizer, tmp_path):
 def test_refusals(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer at .*none.model: expected a SentencePiece"):
         Tokenizer(tmp_path / "none.model")
-    with pytest.raises(ValueError, match="expected a prompt format of pi0, pi05, got 'pi1'"):
+    with pytest.raises(
+        ValueError, match=r"prompt format to be one of pi0, .*got 'pi1'; did you mean 'pi0'"
+    ):
         tokenizer.prompt("x", format="pi1")
     with pytest.raises(ValueError, match=r"the pi05 prompt holds the state; .* got None"):
         tokenizer.prompt("x", format="pi05")
