@@ -14,6 +14,7 @@ import torch
 from pizero.agent.weights import torch_layout
 from pizero.agent.weights.inspect import Found
 from pizero.agent.weights.links import Link, Links
+from pizero.agent.weights.report import sum_of_squares
 from pizero.agent.weights.source import Entry
 
 # Roots of the one spelling (spelling.py) in openpi's PyTorch module, which LeRobot copied.
@@ -105,7 +106,7 @@ class Ours:
         for link in self._found.links.by_ours[name]:
             part = whole if link.rows is None else whole[slice(*link.rows)]
             part.copy_(link.read(self._stored(link.theirs)))
-        self.squares[name] = torch.linalg.vector_norm(whole, dtype=torch.float64).item() ** 2
+        self.squares[name] = sum_of_squares(whole)
         return whole
 
     def _stored(self, name: str) -> torch.Tensor:

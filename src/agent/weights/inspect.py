@@ -129,6 +129,7 @@ def _torch(source: Source, overrides: dict[str, Any], kind: str | None) -> Found
         else:
             kind = kind or "paligemma"
             node = language_node(kind, eyes, vlm, vocab_size)
+            _note_chunk(kind, node, overrides, notes)
     except KeyError as error:
         raise ValueError(_cannot_size(source, str(error.args[0]))) from error
     if "rope_base" in config:
@@ -152,7 +153,14 @@ def _torch(source: Source, overrides: dict[str, Any], kind: str | None) -> Found
             yield from torch_layout.flow_heads(node, reverse=reverse, time_first=open_pi_zero)
 
     as_stored = Links(
-        Link(x.ours, stored.get(x.theirs, x.theirs), x.rule, x.at, x.rows, x.sign)
+        Link(
+            x.ours,
+            stored.get(x.theirs) or _as_stored(x.theirs, stored),
+            x.rule,
+            x.at,
+            x.rows,
+            x.sign,
+        )
         for x in links()
         if not (open_pi_zero and x.ours == "joint.mixtures.vlm.final_norm.weight")
     )
@@ -193,6 +201,7 @@ def _jax(source: Source, overrides: dict[str, Any], kind: str | None) -> Found:
         else:
             kind = kind or "pi0_fast"
             node = language_node(kind, eyes, vlm, vocab_size)
+            _note_chunk(kind, node, overrides, notes)
     except KeyError as error:
         raise ValueError(_cannot_size(source, str(error.args[0]))) from error
     override(node, overrides)
@@ -255,8 +264,22 @@ def language_node(
 ) -> dict[str, Any]:
     """The Hydra node of a PaliGemma of these sizes that speaks words or actions."""
     if kind not in ("paligemma", "pi0_fast"):
-        raise ValueError(f"no flow policy here: expected kind 'paligemma' or 'pi0_fast', {kind!r}")
-    raise ValueError(f"{kind} is not read yet")
+        raise ValueError(
+            f"these weights hold no action expert: expected kind 'paligemma' or 'pi0_fast', got "
+            f"{kind!r}"
+        )
+    files = ["paligemma"] + ["pi0_fast"] * (kind == "pi0_fast")
+    layers = [OmegaConf.load(config_dir() / "model" / f"{name}.yaml") for name in files]
+    sizes = {
+        "vision": {"_target_": "pizero.model.SigLIP", **vision},
+        "joint": {
+            "_target_": "pizero.model.JointModel",
+            "mixtures": {"vlm": {"_target_": "pizero.model.Mixture", **vlm, "rope_base": 10_000.0}},
+        },
+    }
+    node = OmegaConf.to_container(OmegaConf.merge(*layers, sizes, {"vocab_size": vocab_size}))
+    assert isinstance(node, dict)
+    return {str(key): value for key, value in node.items() if key != "defaults"}
 
 
 def override(node: dict[str, Any], values: Mapping[str, Any]) -> None:
@@ -319,6 +342,25 @@ def _horizon(
             "changes it"
         )
     return default
+
+
+def _note_chunk(
+    kind: str, node: Mapping[str, Any], overrides: Mapping[str, Any], notes: list[str]
+) -> None:
+    """pi0-FAST spells its chunk in tokens: no weight has its sizes."""
+    for key in ("horizon", "action_dim"):
+        if kind == "pi0_fast" and key not in overrides:
+            notes.append(f"{key} is not stored here: {node[key]} assumed")
+
+
+def _as_stored(spelled: str, stored: Mapping[str, str]) -> str:
+    """How a tensor that is missing would be called, going by its neighbours."""
+    root = spelled.split(".")[0] + "."
+    for other, name in stored.items():
+        rest = other.removeprefix(root)
+        if other.startswith(root) and name.endswith(rest):
+            return name.removesuffix(rest) + spelled.removeprefix(root)
+    return spelled
 
 
 def _refuse_adapters(source: Source) -> None:

@@ -6,6 +6,7 @@ arrive, so memory peaks little above the model itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -20,7 +21,7 @@ from pizero.agent.weights.folder import model_weights
 from pizero.agent.weights.inspect import Found, inspect
 from pizero.agent.weights.links import LeftOut
 from pizero.agent.weights.lora import MergedLora
-from pizero.agent.weights.report import ExpertReport, LoadReport, expert_of
+from pizero.agent.weights.report import ExpertReport, LoadReport, expert_of, sum_of_squares
 from pizero.agent.weights.source import Source
 
 UNREAD = "of the language model's last layer a flow policy reads keys and values only"
@@ -103,10 +104,10 @@ def load_into(
                 own[link.ours] = _come_alive(model, link.ours, device)
             piece, whole = link.read(stored), own[link.ours]
             (whole if link.rows is None else whole[slice(*link.rows)]).copy_(piece)
-            norm = torch.linalg.vector_norm(piece, dtype=torch.float64).item()
-            if norm != norm or norm == float("inf"):
+            squares = sum_of_squares(piece)
+            if not math.isfinite(squares):
                 raise ValueError(f"{found.source.path}: {name} holds numbers that are not finite")
-            report.experts[expert_of(link.ours)].squares += norm**2
+            report.experts[expert_of(link.ours)].squares += squares
         del stored
     return report
 

@@ -13,6 +13,8 @@ from rich.table import Table
 
 from pizero.agent.weights.links import LeftOut
 
+_PART = 1 << 18  # numbers whose sum of squares is taken at once: they fit in a cache
+
 
 @dataclass
 class ExpertReport:
@@ -122,3 +124,13 @@ def expert_of(name: str) -> str:
     if first in ("vision", "projector"):
         return "vision"
     return {"embedding": "vlm", "streams": ".".join(parts[:2])}.get(first, "action")
+
+
+def sum_of_squares(tensor: torch.Tensor) -> float:
+    """In float64, part by part: torch's own norm in float64 takes longer than reading the file."""
+    rows = max(1, _PART * len(tensor) // max(1, tensor.numel())) if tensor.ndim else 1
+    total = 0.0
+    for part in tensor.split(rows) if tensor.ndim else [tensor]:
+        wide = part if part.dtype == torch.float64 else part.float()
+        total += wide.square().sum(dtype=torch.float64).item()
+    return total
