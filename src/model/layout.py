@@ -173,12 +173,13 @@ class TokenLayout:
                 raise ValueError(f"no causal segment {name!r}{did_you_mean(name, causal)}")
         rows = max([1, *(x.shape[0] for x in opens.values())])
         first = torch.zeros(rows, self.length, dtype=torch.long, device=device)
-        for before, s in pairwise((None, *self.segments)):
-            start, stop = self.span(s.name)
+        start, block = 0, None
+        for s in self.segments:
             if s.causal:
-                first[:, start:stop] = opens.get(s.name, 1)
-            if before and s.block > before.block:
+                first[:, start : start + s.length] = opens.get(s.name, 1)
+            if block not in (None, s.block):
                 first[:, start : start + 1] = 1
+            start, block = start + s.length, s.block
         return first.cumsum(dim=1)
 
     def mask(

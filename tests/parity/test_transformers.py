@@ -5,7 +5,14 @@ from __future__ import annotations
 import published
 import pytest
 import torch
-from small_models import randomise, small_observation, small_policy
+from small_models import (
+    SMALL,
+    compose_model,
+    randomise,
+    set_sizes,
+    small_observation,
+    small_policy,
+)
 from transformers import (
     GemmaConfig,
     GemmaModel,
@@ -14,9 +21,14 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
-from transformers.models.paligemma import PaliGemmaConfig, PaliGemmaModel
+from transformers.models.paligemma import (
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaModel,
+)
 
-from pizero.model import JointModel, Mixture, PiZero, Segment, SigLIP, TokenLayout
+from pizero.agent.config import build
+from pizero.model import JointModel, Mixture, PaliGemma, PiZero, Segment, SigLIP, TokenLayout
 from pizero.types import Observation
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
@@ -122,6 +134,79 @@ def test_paligemma_prefix():
     torch.testing.assert_close(tokens["text"], words, **CLOSE)
     got = torch.cat((out["image"], out["text"]), dim=1)[seen]
     torch.testing.assert_close(got, expected.last_hidden_state[seen], **CLOSE)
+
+
+@torch.no_grad()
+def speaking_pair(seed: int) -> tuple[PaliGemmaForConditionalGeneration, PaliGemma]:
+    """A small PaliGemma of transformers, and ours with its weights."""
+    text = {**PALIGEMMA["text_config"], "use_bidirectional_attention": False}
+    text |= {"vocab_size": IMAGE, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    config = PaliGemmaConfig(**{**PALIGEMMA, "text_config": text})
+    theirs = randomise(PaliGemmaForConditionalGeneration(config).eval(), seed)
+    # Small embeddings and loud layers, or the tied head would repeat the last word for ever.
+    theirs.get_input_embeddings().weight.mul_(0.1)
+    for layer in theirs.model.language_model.layers:
+        layer.mlp.down_proj.weight.mul_(3)
+    theirs.generation_config.update(pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    sizes = {"vision": SMALL["vision"], "joint.mixtures.vlm": SMALL["joint.mixtures.vlm"]}
+    ours = build(compose_model("paligemma", *set_sizes(sizes), "model.vocab_size=32"))
+    ours.load_state_dict(from_paligemma(below("model.", theirs)))
+    return theirs, ours.eval()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("seed", [1, 3, 5, 11])  # rows that end early, together, never
+@torch.no_grad()
+def test_generated_text(seed, padded):
+    """Greedy tokens and their logits; transformers takes padding on the left, we on either side."""
+    theirs, ours = speaking_pair(seed)
+    lengths = (6, 4) if padded else (6, 6)
+    words = torch.randint(2, IMAGE, (2, 6))
+    right = torch.arange(6) < torch.tensor(lengths)[:, None]
+    left = right.flip(1)
+    images = torch.rand(2, 1, 3, 8, 8) * 2 - 1
+    pictures = torch.full((2, ours.vision.num_tokens), IMAGE)
+    moved = torch.zeros_like(words).masked_scatter(left, words[right])
+    seen = torch.cat((left, torch.ones_like(pictures, dtype=torch.bool)), dim=1)
+    # Their padding stands in front of the pictures.
+    ids = torch.full_like(seen, IMAGE, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        pad = 6 - length
+        ids[row, :pad], mask[row, :pad] = 0, 0
+        ids[row, pad + pictures.shape[1] :] = words[row, :length]
+    expected = theirs.generate(
+        input_ids=ids, pixel_values=images[:, 0], attention_mask=mask,
+        token_type_ids=torch.zeros_like(ids), max_new_tokens=12, do_sample=False,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    tokens = expected.sequences[:, ids.shape[1] :]
+    logits = torch.stack(expected.logits, dim=1)
+    for text, real in ((words * right, right), (moved, left)):
+        observation = Observation(images, text, token_mask=real if padded else None)
+        got = ours.generate(observation, max_new_tokens=12, keep_logits=True)
+        assert torch.equal(got.tokens[:, : tokens.shape[1]], tokens)
+        assert not got.tokens[:, tokens.shape[1] :].any()
+        assert got.lengths.max() == tokens.shape[1] == got.logits.shape[1]
+        for row, length in enumerate(got.lengths.tolist()):
+            torch.testing.assert_close(got.logits[row, :length], logits[row, :length], **CLOSE)
+            assert bool(got.ended[row]) == bool((tokens[row] == 1).any())
+
+
+@torch.no_grad()
+def test_logits_of_a_whole_text():
+    """Question and answer in one pass: what comes after each word of the answer."""
+    theirs, ours = speaking_pair(0)
+    images, words = torch.rand(2, 1, 3, 8, 8) * 2 - 1, torch.randint(2, IMAGE, (2, 7))
+    answer = torch.arange(7).expand(2, 7) >= torch.tensor([[3], [5]])
+    pictures = torch.full((2, ours.vision.num_tokens), IMAGE)
+    expected = theirs(
+        input_ids=torch.cat((pictures, words), dim=1), pixel_values=images[:, 0],
+        attention_mask=torch.ones(2, 11, dtype=torch.long),
+        token_type_ids=torch.cat((torch.zeros_like(pictures), answer.long()), dim=1),
+    ).logits[:, 4:]  # fmt: skip
+    got = ours(Observation(images, words, token_causal=answer))
+    torch.testing.assert_close(got, expected, **CLOSE)
 
 
 def hugging_face_pi0() -> PI0ForConditionalGeneration:

@@ -39,6 +39,16 @@ def test_totals(name, total):
         assert sum(p.numel() for p in grouped) == total - DEAD
 
 
+@pytest.mark.parametrize("name", ["paligemma", "pi0_fast"])
+def test_models_that_speak(name):
+    model = full_size(name)
+    assert count(model) == 2_923_335_408
+    assert count(model.joint) == 1_981_884_416
+    groups = model.parameter_groups()
+    assert list(groups) == ["vision", "vlm"]
+    assert sum(p.numel() for group in groups.values() for p in group) == 2_923_335_408
+
+
 def test_parts_of_pi0():
     model = full_size("pi0", WHOLE)
     assert count(model.vision) == 412_442_352
