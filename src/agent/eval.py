@@ -341,7 +341,7 @@ def describe_model(policy: Policy) -> dict[str, Any]:
     if fixed := sum(p.numel() for p in model.parameters()) - sum(parameters.values()):
         parameters["not trained"] = fixed
     picture = np.zeros((*pipeline.image_size, 3), dtype=np.uint8)
-    state = np.zeros(pipeline.statistics["state"].size) if "state" in pipeline.statistics else None
+    state = np.full(pipeline.robot_state_dim, 0.5) if pipeline.robot_state_dim else None
     images = dict.fromkeys(pipeline.cameras, picture)
     with torch.inference_mode():
         blank = policy.observe([{"images": images, "text": "", "state": state}])

@@ -109,8 +109,9 @@ def _take(node: dict[str, Any], assets: Assets) -> None:
         node["cameras"] = [name.removeprefix("observation.images.") for name in assets.cameras]
     if assets.normalization:
         node["normalization"] = assets.normalization
-        # LeRobot pads the state to the model's width before it becomes words.
-        node["pad_prompt_state"] = node["prompt"] == "pi05"
+        # Its pi0 takes words as they are; its pi0.5 pads the state before that becomes words.
+        node["prompt"] = {"pi0": "lerobot_pi0", "pi05": "lerobot_pi05"}[node["prompt"]]
+        node["resize"] = "pad_bilinear"
     if assets.max_tokens is not None:
         node["max_tokens"] = assets.max_tokens
 

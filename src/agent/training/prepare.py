@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pizero.agent.config import TrainConfig
+from pizero.agent.config import TrainConfig, build
 from pizero.agent.training.distributed import Ranks
 from pizero.agent.weights.folder import FILES
 from pizero.data.dataset import RldsDataset
@@ -31,11 +31,15 @@ def learn_from_data(
         for name in FILES:
             shutil.copyfile(previous / name, folder / name)
     elif ranks.is_main:
-        given = config.pipeline["statistics"]
+        node = config.pipeline.get("robot")
+        robot = None if node is None else build(node, path="pipeline.robot")
+        given, dataset = config.pipeline.get("statistics"), None
+        if given is None and robot is not None:
+            given, dataset = robot.statistics, robot.dataset
         found = (
-            compute_statistics(data, delta_mask=config.pipeline["delta_mask"])
+            compute_statistics(data, delta_mask=config.pipeline.get("delta_mask"), robot=robot)
             if given is None
-            else load_statistics(given)
+            else load_statistics(given, dataset=dataset)
         )
         save_statistics(found, folder / "stats.json")
         given = config.pipeline["tokenizer"]

@@ -117,5 +117,6 @@ def _robot_units(pipeline: PolicyPipeline, actions: torch.Tensor) -> np.ndarray:
     """
     state = None
     if pipeline.delta_mask is not None:
-        state = np.zeros((len(actions), len(pipeline.delta_mask)), np.float32)
-    return pipeline.decode_actions(actions, state)
+        width = len(pipeline.delta_mask) if pipeline.robot is None else pipeline.robot.state_dim
+        state = np.zeros((len(actions), width), np.float32)
+    return pipeline.decode_actions(actions, state, live=False)
