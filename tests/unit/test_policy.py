@@ -100,8 +100,8 @@ def test_wrong_cameras(policy):
     absent["images"]["wrist"] = None
     assert policy.act(**absent).shape == (4, 4)
     floats = observation(0)
-    floats["images"]["wrist"] = np.zeros((16, 16, 3), dtype=np.float32)
-    with pytest.raises(ValueError, match=r"camera 'wrist': expected uint8 \[h w 3\], got float32"):
+    floats["images"]["wrist"] = np.full((16, 16, 3), 2.0, dtype=np.float32)
+    with pytest.raises(ValueError, match=r"camera 'wrist': .* floats in \[0, 1\], got 2"):
         policy.act(**floats)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from pizero.data import decode_image, encode_image, images, resize_image
+from pizero.data.images import parse_image
 
 OPENPI = Path(__file__).parents[2] / "data" / "fixtures" / "openpi_transforms"
+FACTS = json.loads((OPENPI / "case.json").read_text())["facts"]
 PICTURE = (np.stack(np.meshgrid(np.arange(40), np.arange(24)), -1).sum(-1)[..., None] * 2).astype(
     np.uint8
 ) + np.array([0, 50, 100], np.uint8)
@@ -49,6 +52,46 @@ def test_padding_resize_is_openpis(name):
     side = int(size.rpartition("_")[2])
     got = resize_image(arrays[f"resize.{name}.in"], (side, side), kind="pad").astype(int)
     assert np.abs(got - arrays[size]).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["37x91", "30x20"])
+def test_resizes_inside_openpis_models(name):
+    """Floats as its JAX and its PyTorch models resize them, and bytes as the former does."""
+    arrays = load_file(OPENPI / "arrays.safetensors")
+    image = arrays[f"resize.{name}.in"]
+    floats = image.astype(np.float32) / 255 * 2 - 1
+    for kind, theirs in (("pad_antialiased", "jax_float"), ("pad_bilinear", "torch_float")):
+        got = resize_image(floats, (48, 48), kind=kind)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, arrays[f"resize.{name}.{theirs}_48"], rtol=0, atol=1e-5)
+    got = resize_image(image, (48, 48), kind="pad_antialiased").astype(int)
+    assert np.abs(got - arrays[f"resize.{name}.jax_uint8_48"]).max() <= 1
+    with pytest.raises(ValueError, match=r"pad resizes uint8 \[h w 3\], got float32"):
+        resize_image(floats, (48, 48), kind="pad")
+
+
+def test_pictures_are_parsed_as_openpi_parses_them():
+    case = FACTS["parse_image"]
+    floats = np.tile(np.array(case["from"])[:, None], (3, 1, 2))  # channels first
+    parsed = parse_image(floats)
+    assert parsed.shape == (4, 2, 3)
+    assert parsed.dtype == np.uint8
+    assert parsed[:, 0, 0].tolist() == case["float_chw_to_uint8"]
+    np.testing.assert_array_equal(parse_image(floats.astype(np.float32)), parsed)
+    assert parse_image(PICTURE) is PICTURE
+    np.testing.assert_array_equal(parse_image(np.moveaxis(PICTURE, -1, 0)), PICTURE)
+    frames = np.stack([PICTURE] * 3)  # a first axis of 3 frames is not one of channels
+    np.testing.assert_array_equal(parse_image(frames), frames)
+    np.testing.assert_array_equal(parse_image(np.moveaxis(frames, -1, 1)), frames)
+    for wrong, message in [
+        (PICTURE.astype(int), r"expected uint8 \[h w 3\], got int64 \[24, 40, 3\]"),
+        (PICTURE[..., :2], r"expected uint8 \[h w 3\], got uint8 \[24, 40, 2\]"),
+        (PICTURE[0], r"expected uint8 \[h w 3\], got uint8 \[40, 3\]"),
+        (PICTURE.astype(float), r"floats in \[0, 1\], got 0 to"),
+        (np.full((4, 4, 3), np.nan), r"floats in \[0, 1\], got nan"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            parse_image(wrong)
 
 
 def test_resize_keeps_what_fits_and_takes_height_first():

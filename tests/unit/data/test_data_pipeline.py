@@ -126,6 +126,55 @@ def test_pi05_puts_the_state_into_the_prompt(demo, make_pipeline):
     assert pipeline.collate([encoded], [0]).observation.state is None
 
 
+def test_lerobots_pi05_prompt_pads_the_state(demo, make_pipeline):
+    """With zeros after normalisation, to the width of the actions: bin 128."""
+    pipeline = make_pipeline(prompt="lerobot_pi05", state_dim=None, max_tokens=80, action_dim=9)
+    text = pipeline.tokenizer.decode(pipeline.encode(demo.read(0))["tokens"])
+    openpi = make_pipeline(prompt="pi05", state_dim=None, max_tokens=80)
+    short = openpi.tokenizer.decode(openpi.encode(demo.read(0))["tokens"])
+    assert text == short.replace(";", " 128" * 5 + ";")
+
+
+def test_cameras_that_are_black_rather_than_masked(make_pipeline):
+    images = {"corner": np.zeros((16, 16, 3), np.uint8)}
+    for black, seen in (([], [True, False]), (["wrist"], [True, True])):
+        pipeline = make_pipeline(black_cameras=black)
+        encoded = pipeline.observation(images=images, text="x", state=np.zeros(4))
+        assert encoded["image_mask"].tolist() == seen
+    with pytest.raises(ValueError, match="black_cameras to be one of corner, wrist, got 'wrst'"):
+        make_pipeline(black_cameras=["wrst"])
+
+
+def test_pictures_of_floats_with_channels_first(make_pipeline):
+    pipeline = make_pipeline()
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    floats = np.moveaxis(picture, -1, 0).astype(np.float32) / 255
+    got = [
+        pipeline.observation(images={"corner": image}, text="x", state=np.zeros(4))["images"][0]
+        for image in (picture, np.moveaxis(picture, -1, 0), floats)
+    ]
+    np.testing.assert_array_equal(got[1], got[0])
+    assert np.abs(got[2].astype(int) - got[0]).max() <= 1  # truncated, not rounded
+
+
+def test_states_with_and_without_a_history(demo_path, make_pipeline):
+    """Actions are relative to the newest of several states, whatever the batch."""
+    demo = open_demo(demo_path, frames=3)
+    pipeline = make_pipeline(frames=3, delta_mask=[True, True])
+    samples = [demo.read(i) for i in (4, 20)]
+    batch = pipeline.collate([pipeline.encode(s) for s in samples], [0, 1])
+    for i, sample in enumerate(samples):
+        for state in (sample["state"], sample["state"][-1]):
+            back = pipeline.decode_actions(batch.actions[i], state)
+            np.testing.assert_allclose(back, sample["actions"], atol=1e-4)
+    states = np.stack([s["state"] for s in samples])
+    for state in (states, states[:, -1]):
+        back = pipeline.decode_actions(batch.actions, state)
+        np.testing.assert_allclose(back, [s["actions"] for s in samples], atol=1e-4)
+    with pytest.raises(ValueError, match=r"expected state \[S\], got parts \['arm'\] and no robot"):
+        pipeline.decode_actions(batch.actions[0], {"arm": np.zeros(4)})
+
+
 def test_history_becomes_further_cameras(demo_path, make_pipeline):
     demo = open_demo(demo_path, frames=3)
     pipeline = make_pipeline(frames=3)

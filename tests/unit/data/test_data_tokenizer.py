@@ -14,6 +14,7 @@ from pizero.data import Tokenizer, train_tokenizer
 from pizero.data.tokenizer import BOS, EOS, PAD, UNK, state_bins
 
 OPENPI = Path(__file__).parents[2] / "data" / "fixtures" / "openpi_transforms"
+ZERO = json.loads((OPENPI.parent / "open_pi_zero_transforms" / "case.json").read_text())["facts"]
 FACTS = json.loads((OPENPI / "case.json").read_text())["facts"]
 
 
@@ -25,6 +26,20 @@ def test_openpi_prompts(tokenizer, case):
     state = None if case["state"] is None else np.array(case["state"])
     kind = "pi0" if state is None else "pi05"
     assert tokenizer.prompt(case["prompt"], format=kind, state=state) == expected
+
+
+def test_prompts_that_take_the_text_as_it_is(tokenizer):
+    """open-pi-zero: BOS, text, newline in one string; LeRobot adds the newline where it lacks."""
+    published = ZERO["prompt"]["example"].removeprefix("<image>" * 3)
+    text = published.removeprefix("<bos>").removesuffix("\n")
+    assert text == "Put the carrot, on_Plate"
+    expected = [BOS, *tokenizer.encode(text + "\n")]
+    assert tokenizer.prompt(text, format="open_pi_zero") == expected
+    assert tokenizer.prompt(text, format="lerobot_pi0") == expected
+    assert tokenizer.prompt(text + "\n", format="lerobot_pi0") == expected
+    twice = tokenizer.prompt(text + "\n", format="open_pi_zero")
+    assert tokenizer.decode(twice) == text + "\n\n"
+    assert tokenizer.decode(tokenizer.prompt("  a_b ", format="lerobot_pi0")) == "  a_b \n"
 
 
 def test_openpi_state_bins():
