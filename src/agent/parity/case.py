@@ -85,9 +85,10 @@ class Case:
                 raise ValueError(f"cameras are {sorted(names)} in {IO}, {list(listed)} in {FACTS}")
             return tuple(listed)
         words = str(self.facts.get("conventions", {}).get("images", ""))
-        at = {name: words.find(name) for name in names}
-        if names and min(at.values()) >= 0:
-            return tuple(sorted(names, key=lambda name: at[name]))
+        at = {name: re.search(rf"\b{re.escape(name)}\b", words) for name in names}
+        found = {name: match.start() for name, match in at.items() if match}
+        if len(found) == len(names):
+            return tuple(sorted(names, key=lambda name: found[name]))
         in_file = list(self.facts.get("io_file", {}).get("tensors", ()))
         order = {n.removeprefix("in.image."): i for i, n in enumerate(in_file)}
         return tuple(sorted(names, key=lambda name: (order.get(name, len(order)), name)))
