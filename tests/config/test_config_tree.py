@@ -130,6 +130,14 @@ def test_robot_builds_and_completes_a_pipeline(path: Path, tmp_path: Path) -> No
     assert actions.shape == (2, pipeline.robot_action_dim)
 
 
+def test_a_robot_is_added_to_a_pipeline_on_the_command_line() -> None:
+    config = load_config(
+        "train_bridge", ["+robot@pipeline.robot=widowx", *overrides_of("train_bridge")]
+    )
+    robot = build(config.pipeline["robot"], path="pipeline.robot")
+    assert (robot.name, robot.horizon) == ("widowx", config.model["horizon"])
+
+
 def test_primary_files_are_short() -> None:
     for name in PRIMARIES:
         assert len((TREE / f"{name}.yaml").read_text().splitlines()) <= 60, name

@@ -303,6 +303,27 @@ def test_robofactory(pipeline_of):
     np.testing.assert_allclose(pipeline.decode_actions(model), [q01, q99, q01 + 2], atol=1e-6)
 
 
+def test_the_example_of_the_docs(pipeline_of, tmp_path):
+    """docs/robots.md's robot builds, and does what its comments say."""
+    page = (Path(__file__).parents[3] / "docs" / "robots.md").read_text()
+    (tmp_path / "scara.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    robot = build(OmegaConf.to_container(OmegaConf.load(tmp_path / "scara.yaml")), path="scara")
+    pipeline = pipeline_of(robot)
+    live = {"joints": np.array([90.0, 0, -90, 0.2]), "tool": 1.0}
+    images = {"overview": PICTURE, "wrist_cam": PICTURE, "depth_preview": PICTURE}
+    encoded = pipeline.observation(images=images, text="pick", state=live)
+    assert encoded["image_mask"].tolist() == [True, True, False]
+    expected = [np.pi / 2, 0, -np.pi / 2, -0.2, 1]
+    np.testing.assert_allclose(encoded["state"][0, :5], expected, rtol=1e-6)
+    stay = np.zeros((3, 32))
+    stay[:, 4] = 0.6
+    chunk = pipeline.decode_actions(stay, live)
+    np.testing.assert_allclose(chunk[0], [90, 0, -90, 0.2, 0.6], rtol=1e-6, atol=1e-6)
+    output = robot.output_stage()
+    assert output is not None
+    assert output(chunk)[0, 4] == 1
+
+
 # -- the class ------------------------------------------------------------------------------------
 
 
