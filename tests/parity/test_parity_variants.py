@@ -79,7 +79,8 @@ def test_a_wrong_convention_fails(tmp_path, name, value):
 
 
 def test_no_masks_at_all(tmp_path):
-    made = flow_case("pi0", masks=False)
+    made = flow_case("pi05", masks=False)
+    made.extra["family"] = "pi0.5"
     check(made.write(tmp_path))
 
 
@@ -169,8 +170,8 @@ def test_every_set_of_weights_is_checked(tmp_path):
     """Shards, folders and files in one case, each in a section of its own; gradients too."""
     made = flow_case("pi0", gradients=True)
     folder = made.write(tmp_path)
-    (folder / "export").mkdir()
-    save_file(made.weights, folder / "export" / "model.safetensors")
+    (folder / "export" / "30000").mkdir(parents=True)
+    save_file(made.weights, folder / "export" / "30000" / "model.safetensors")
     (folder / "assets").mkdir()
     (folder / "assets" / "norm_stats.json").write_text("{}")
     names = sorted(made.weights)
@@ -181,9 +182,9 @@ def test_every_set_of_weights_is_checked(tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     report = check(folder, sections=3)
     assert [s.source.name for s in report.sections] == [
-        "weights.safetensors", "model.safetensors.index.json", "export",
+        "weights.safetensors", "model.safetensors.index.json", "30000",
     ]  # fmt: skip
-    save_file(made.weights | _nudged(made), folder / "export" / "model.safetensors")
+    save_file(made.weights | _nudged(made), folder / "export" / "30000" / "model.safetensors")
     assert [s.ok for s in check_case(folder).sections] == [True, True, False]
 
 
@@ -269,13 +270,26 @@ def test_gradients_that_are_zero_but_for_rounding(tmp_path):
 def test_what_is_not_known_is_listed(tmp_path):
     made = flow_case("pi0")
     made.io["out.attention_entropy"] = torch.zeros(2)
-    made.io["out.cache_k.9"] = torch.zeros(2)
-    made.gradients = {"some.other.weight": torch.zeros(3)}
     (section,) = check_case(made.write(tmp_path)).sections
     assert section.ok
-    assert section.unknown == [
-        "out.attention_entropy", "out.cache_k.9", "grad.some.other.weight",
-    ]  # fmt: skip
+    assert section.unknown == ["out.attention_entropy"]
+
+
+def test_what_should_be_known_fails_instead_of_being_passed_over(tmp_path):
+    made = flow_case("pi0")
+    made.io |= {
+        f"out.{name}": torch.zeros(2)
+        for name in ("cache_k.9", "cache_v.action.0", "adarms_cond", "vision_features.elbow")
+    }
+    made.gradients = {"some.other.weight": torch.zeros(3)}
+    (section,) = check_case(made.write(tmp_path)).sections
+    assert {row.name: row.verdict.note for row in section.failed} == {
+        "out.cache_k.9": "this model has layers 0 to 2",
+        "out.cache_v.action.0": "this model caches the streams vlm and state, not 'action'",
+        "out.adarms_cond": "this model has no adarms_cond",
+        "out.vision_features.elbow": "no camera 'elbow'; the case has ['front', 'wrist']",
+        "grad.some.other.weight": f"no such tensor in {tmp_path / 'weights.safetensors'}",
+    }
 
 
 def test_a_case_without_anything_to_compare_does_not_pass(tmp_path):

@@ -53,7 +53,8 @@ class Case:
 
     @property
     def family(self) -> str:
-        return self.facts["family"]
+        """The family, however it is written: pi0.5, pi0-fast, open-pi-zero."""
+        return _plain(self.facts["family"])
 
     @property
     def dims(self) -> Mapping[str, Any]:
@@ -183,7 +184,7 @@ def read_case(folder: str | Path) -> Case:
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder / FACTS} is not JSON: {error}") from error
     families = (*FLOW, FAST)
-    if not isinstance(facts, dict) or facts.get("family") not in families:
+    if not isinstance(facts, dict) or _plain(str(facts.get("family"))) not in families:
         got = facts.get("family") if isinstance(facts, dict) else facts
         raise ValueError(f"{folder / FACTS}: family must be one of {list(families)}, got {got!r}")
     if facts.get("dtype", "float32") not in DTYPES:
@@ -203,6 +204,10 @@ def read_case(folder: str | Path) -> Case:
     )
 
 
+def _plain(family: str) -> str:
+    return family.lower().replace("-", "_").replace(".", "")
+
+
 def _load(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
@@ -219,7 +224,7 @@ def _find_sources(folder: Path) -> list[Path]:
         found.append(index)
     for path in sorted(folder.iterdir()):
         if path.is_dir():
-            found += [path] if _has_weights(path) else []
+            found += _checkpoints_below(path)
         elif path.name.endswith((".safetensors", *TORCH_SUFFIXES)) and path.name not in (
             *(IO, GRADIENTS),
             *shards,
@@ -230,6 +235,13 @@ def _find_sources(folder: Path) -> list[Path]:
                          "a checkpoint folder")  # fmt: skip
     # weights.safetensors first: the names of gradients are its names
     return sorted(found, key=lambda path: path.name != "weights.safetensors")
+
+
+def _checkpoints_below(folder: Path, depth: int = 3) -> list[Path]:
+    if _has_weights(folder):
+        return [folder]
+    inner = sorted(path for path in folder.iterdir() if path.is_dir()) if depth else []
+    return [found for path in inner for found in _checkpoints_below(path, depth - 1)]
 
 
 def _has_weights(folder: Path) -> bool:

@@ -159,12 +159,16 @@ def _gradients(case: Case, run: _Run, unknown: list[str]) -> Iterator[tuple[str,
     stored = joined_twins(names, case.gradients)
     loudest = max(x.double().norm().item() for x in stored.values())
     for name, theirs in stored.items():
-        resolved = Gradients(names, {}).resolve(name)
-        if resolved is None:
-            unknown.append(f"grad.{name}")
-            continue
+        try:
+            if Gradients(names, {}).resolve(name) is None:
+                unknown.append(f"grad.{name}")
+                continue
+        except ValueError:
+            pass  # comparing it will say what is wrong
 
-        def ask(rule: Rule, resolved=resolved, theirs=theirs) -> Verdict:
+        def ask(rule: Rule, name=name, theirs=theirs) -> Verdict:
+            resolved = Gradients(names, {}).resolve(name)
+            assert resolved is not None
             ours = run.gradients(case.dtype)[resolved]
             verdict = compare(ours, theirs, rule)
             quiet = 1e-5 * loudest

@@ -35,7 +35,10 @@ class FlowAnswers:
 
     @torch.no_grad()
     def answer(self, name: str, stored: Tensor) -> Answer | None:
-        """The counterpart of a stored tensor; None for a name that means nothing here."""
+        """The counterpart of a stored tensor; None for a name that means nothing here.
+
+        Raises ValueError for a name that means something, but nothing that this model has.
+        """
         if match := re.fullmatch(r"(actions|actions_unclipped|trajectory)\.steps(\d+)", name):
             return Answer(self._sampled(match[1], int(match[2])))
         if match := re.fullmatch(r"cache_([kv])\.(?:([a-z_]+)\.)?(\d+)", name):
@@ -62,8 +65,12 @@ class FlowAnswers:
             tokens, _, _ = self._embedded
             embedded = torch.cat((tokens["image"], tokens["text"]), dim=1)
             return Answer(self._as_stored(embedded, self._vlm_width), self._valid)
-        ours = simple[name]() if name in simple else None
-        return None if ours is None else Answer(ours)
+        if name not in simple:
+            return None
+        ours = simple[name]()
+        if ours is None:
+            raise ValueError(f"this model has no {name}")
+        return Answer(ours)
 
     def loss(self) -> Tensor:
         """The mean loss, for gradients."""
@@ -82,13 +89,11 @@ class FlowAnswers:
             return None
         return self.cached(self._kept_from_stored, match[1], match[2], int(match[3]))
 
-    def cached(
-        self, kept: PrefixCache, which: str, stream: str | None, layer: int
-    ) -> Answer | None:
+    def cached(self, kept: PrefixCache, which: str, stream: str | None, layer: int) -> Answer:
         """Keys or values of a layer [b heads s d]: of pictures and words, or of the state."""
         layers = kept.keys if which == "k" else kept.values
         if layer >= len(layers):
-            return None
+            raise ValueError(f"this model has layers 0 to {len(layers) - 1}")
         x = layers[layer].transpose(1, 2)
         length = self._valid.shape[1]
         if stream in (None, "vlm"):
@@ -96,7 +101,7 @@ class FlowAnswers:
             return Answer(x[:, :, :length], where)
         if stream in ("proprio", "state") and self.model.state_dim is not None:
             return Answer(x[:, :, length:])
-        return None
+        raise ValueError(f"this model caches the streams vlm and state, not {stream!r}")
 
     @cached_property
     def _time(self) -> Tensor:
@@ -162,12 +167,12 @@ class FlowAnswers:
         path = self.model.trajectory(self.observation, noise, steps)
         return torch.stack(path) if what == "trajectory" else path[-1]
 
-    def _pictures(self, camera: str) -> Answer | None:
+    def _pictures(self, camera: str) -> Answer:
         images = self.observation.images
         names = self.case.cameras
         if camera:
             if camera not in names:
-                return None
+                raise ValueError(f"no camera {camera!r}; the case has {list(names)}")
             return Answer(self.model.vision(images[:, names.index(camera)]))
         features = [self.model.vision(images[:, i]) for i in range(images.shape[1])]
         return Answer(torch.cat(features, dim=1))

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pizero.agent.weights import Found
+from pizero.agent.weights.lora import MergedLora
 from pizero.agent.weights.spelling import spell
 from pizero.types import Tensor
 
@@ -54,13 +55,23 @@ class Gradients:
         return written
 
     def resolve(self, name: str) -> str | None:
-        """The stored weight that a gradient's name means: itself, or another spelling of it."""
-        entries = self.found.source.entries
+        """The stored weight that a gradient's name means: itself, or another spelling of it.
+
+        None for an adapter's weight, which is merged into another. Raises ValueError where there is
+        no such weight.
+        """
+        source = self.found.source
+        entries = source.entries
         if name in entries:
             return name
+        if isinstance(source, MergedLora) and name in source.base.entries:
+            return None
         spelled = {spell(n): n for n in entries}
         mine = spell(name)
-        return spelled.get(mine) or spelled.get(TIED.get(mine, ""))
+        resolved = spelled.get(mine) or spelled.get(TIED.get(mine, ""))
+        if resolved is None:
+            raise ValueError(f"no such tensor in {source.path}")
+        return resolved
 
 
 def joined_twins(found: Found, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
