@@ -1,0 +1,34 @@
+"""The benchmark of loading makes checkpoints, loads each in a process, and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+
+from bench import full_size, load
+
+
+def test_a_small_run(tmp_path, capsys):
+    work, out = tmp_path / "work", tmp_path / "load.json"
+    work.mkdir()
+    options = ["--size", "small", "--cases", "openpi pi0", "--folder", str(work), "--out", str(out)]
+    assert load.main(options) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["to"] for row in rows] == ["memory", "pizero", "lerobot"]
+    assert all(row["peak_gb"] > row["imports_gb"] > 0.05 for row in rows)
+    assert "of disk" in capsys.readouterr().out
+    assert list(work.iterdir()) == []
+
+
+def test_too_much_memory_fails(monkeypatch, tmp_path):
+    row = {"of_disk": 1.3, "of_disk_with_imports": 1.4, "disk_gb": 7.0, "peak_gb": 9.8}
+    row |= {"case": "x", "to": "memory", "seconds": 1.0, "raw_read_seconds": 1.0}
+    result = {"size": "full", "device": "a CPU", "rows": [row]}
+    monkeypatch.setattr(load, "run", lambda options: result)
+    assert load.main(["--out", str(tmp_path / "load.json")]) == 1
+
+
+def test_the_peak_is_that_of_the_work(tmp_path):
+    path = full_size.write_checkpoint("openpi", tmp_path / "new", sizes=load.SMALL)
+    done = load._in_a_process("load", path, tmp_path / "out")
+    assert done["before"] < done["peak"] < done["before"] + 500e6
+    assert 0 < load._raw_read(path) < done["seconds"]
