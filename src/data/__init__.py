@@ -20,6 +20,8 @@ from pizero.data.sampler import Order, rank_samples
 # isort: split
 # Between the robot's units and the model's
 from pizero.data.augment import Augmentation
+from pizero.data.fast_prompt import FastPrompt
+from pizero.data.fast_tokenizer import FastTokenizer, UndecodableActions
 from pizero.data.images import decode_image, encode_image, resize_image
 from pizero.data.normalize import Normalizer
 from pizero.data.pipeline import PolicyPipeline
@@ -40,6 +42,8 @@ __all__ = [
     "Augmentation",
     "CorruptRecordError",
     "DatasetSpec",
+    "FastPrompt",
+    "FastTokenizer",
     "FeatureSpec",
     "Mix",
     "Normalizer",
@@ -51,6 +55,7 @@ __all__ = [
     "Statistics",
     "Tokenizer",
     "TrainLoader",
+    "UndecodableActions",
     "ValLoader",
     "compute_statistics",
     "decode_image",
