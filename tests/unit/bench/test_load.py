@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 
-from bench import full_size, load
+from bench import load
 
 
-def test_a_small_run(tmp_path, capsys):
+def test_a_small_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(load.CASES, "openpi pi0", ("openpi", "pi0", "bf16", ("pizero",)))
     work, out = tmp_path / "work", tmp_path / "load.json"
     work.mkdir()
     options = ["--size", "small", "--cases", "openpi pi0", "--folder", str(work), "--out", str(out)]
     assert load.main(options) == 0
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["to"] for row in rows] == ["memory", "pizero", "lerobot"]
-    assert all(row["peak_gb"] > row["imports_gb"] > 0.05 for row in rows)
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["to"] == "pizero"
+    assert 0.05 < row["imports_gb"] < row["peak_gb"] < row["imports_gb"] + 0.5
+    assert 0 < row["raw_read_seconds"] < row["seconds"]
     assert "of disk" in capsys.readouterr().out
     assert list(work.iterdir()) == []
 
@@ -25,10 +27,3 @@ def test_too_much_memory_fails(monkeypatch, tmp_path):
     result = {"size": "full", "device": "a CPU", "rows": [row]}
     monkeypatch.setattr(load, "run", lambda options: result)
     assert load.main(["--out", str(tmp_path / "load.json")]) == 1
-
-
-def test_the_peak_is_that_of_the_work(tmp_path):
-    path = full_size.write_checkpoint("openpi", tmp_path / "new", sizes=load.SMALL)
-    done = load._in_a_process("load", path, tmp_path / "out")
-    assert done["before"] < done["peak"] < done["before"] + 500e6
-    assert 0 < load._raw_read(path) < done["seconds"]
