@@ -62,11 +62,12 @@ class Policy:
         self,
         *,
         images: Mapping[str, Array | None],
-        text: str | Sequence[str],
-        state: Array | None = None,
+        text: str | Sequence[str] | None = None,
+        state: Array | Mapping[str, Array] | None = None,
         noise: Array | None = None,
         generator: torch.Generator | None = None,
         num_steps: int | None = None,
+        live: bool = True,
     ) -> np.ndarray:
         """The action chunk float32 [horizon action_dim] in the robot's units.
 
@@ -74,11 +75,15 @@ class Policy:
         where the robot lacks it. Arrays may be numpy's or torch's. Several sentences make a batch:
         everything else then has a first axis of that length, and so has the result.
 
+        A policy with a robot takes that robot's names of cameras as well, and its state in parts by
+        name; no text means the robot's default. `live` False: the numbers are in the form that the
+        robot's data has, going in and coming out.
+
         Without `noise` [horizon action_dim] the start of the flow is drawn from `generator` (a CPU
         generator), or from torch's own, and scaled by `noise_scale`; given noise is used as it is.
         `num_steps` is the policy's own where it is None.
         """
-        alone = isinstance(text, str)
+        alone = text is None or isinstance(text, str)
         observations = _rows(images, [text] if alone else text, state, alone=alone)
         if noise is None:
             shape = (len(observations), *self.noise_shape)
@@ -86,7 +91,7 @@ class Policy:
         else:
             start = torch.as_tensor(noise, dtype=torch.float32)
             start = start[None] if alone else start
-        actions = self.act_batch(observations, noise=start, num_steps=num_steps)
+        actions = self.act_batch(observations, noise=start, num_steps=num_steps, live=live)
         return actions[0] if alone else actions
 
     def act_batch(
@@ -95,6 +100,7 @@ class Policy:
         *,
         noise: Float[Tensor, "b horizon action_dim"],
         num_steps: int | None = None,
+        live: bool = True,
     ) -> np.ndarray:
         """One model call for several observations: float32 [b horizon action_dim] in robot units.
 
@@ -107,37 +113,46 @@ class Policy:
                 f"noise must have shape [batch horizon action_dim] = {list(expected)}, "
                 f"got {list(noise.shape)}"
             )
-        batch = self.observe(observations)
+        batch = self.observe(observations, live=live)
         with torch.inference_mode():
             steps = self.num_steps if num_steps is None else num_steps
             actions = self.model.sample(batch, noise.to(self.device), steps)
         return np.stack(
             [
-                self.pipeline.decode_actions(chunk, _present(observation["state"]))
+                self.pipeline.decode_actions(chunk, observation["state"], live=live)
                 for chunk, observation in zip(actions.cpu(), observations, strict=True)
             ]
         )
 
-    def observe(self, observations: Sequence[Mapping[str, Any]]) -> Observation:
+    def observe(
+        self, observations: Sequence[Mapping[str, Any]], *, live: bool = True
+    ) -> Observation:
         """Observations as the model takes them, checked and batched, on the model's device."""
-        encoded = [self._encode(observation) for observation in observations]
+        encoded = [self._encode(observation, live) for observation in observations]
         return self.pipeline.collate_observations(encoded).to(self.device)
 
-    def _encode(self, observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        images = observation["images"]
-        known = self.pipeline.cameras
-        missing = [camera for camera in known if camera not in images]
+    def _encode(self, observation: Mapping[str, Any], live: bool) -> dict[str, np.ndarray]:
+        images, robot = observation["images"], self.pipeline.robot
+        if robot is None:
+            expected = {camera: (camera,) for camera in self.pipeline.cameras}
+        else:
+            expected = {slot: (*n, slot) for slot, n in robot.cameras.items() if n}
+        known = {name for names in expected.values() for name in names}
+        missing = [names[0] for names in expected.values() if not set(names) & set(images)]
         # A name that the pipeline does not know is its error to raise: it suggests the nearest.
-        if missing and all(camera in known for camera in images):
+        if missing and set(images) <= known:
             raise ValueError(
                 f"no picture from camera {missing[0]!r}: the policy was trained with "
-                f"{list(known)}, got {list(images)}; pass None for a camera that is not there"
+                f"{list(self.pipeline.cameras)}, got {list(images)}; pass None for a camera that "
+                "is not there"
             )
         present = {camera: image for camera, image in images.items() if image is not None}
-        text, state = observation["text"], observation["state"]
-        if not isinstance(text, str):
+        text = observation["text"]
+        if text is not None and not isinstance(text, str):
             raise ValueError(f"the instruction must be a string, got {text!r}")
-        return self.pipeline.observation(images=present, text=text, state=state)
+        return self.pipeline.observation(
+            images=present, text=text, state=observation["state"], live=live
+        )
 
 
 def load_policy(
@@ -227,8 +242,8 @@ def keyed_noise(shape: tuple[int, ...], *key: int | str) -> Tensor:
 
 def _rows(
     images: Mapping[str, Array | None],
-    texts: Sequence[str],
-    state: Array | None,
+    texts: Sequence[str | None],
+    state: Array | Mapping[str, Array] | None,
     *,
     alone: bool,
 ) -> list[dict[str, Any]]:
@@ -247,13 +262,13 @@ def _rows(
         return list(rows)
 
     pictures = {camera: split(f"camera {camera!r}", views) for camera, views in images.items()}
-    states = split("state", state)
+    states: Sequence[Any]
+    if isinstance(state, Mapping):
+        parts = {name: split(f"state {name!r}", part) for name, part in state.items()}
+        states = [{name: part[i] for name, part in parts.items()} for i in range(len(texts))]
+    else:
+        states = split("state", state)
     return [
         {"images": {c: views[i] for c, views in pictures.items()}, "text": t, "state": states[i]}
         for i, t in enumerate(texts)
     ]
-
-
-def _present(state: np.ndarray | None) -> np.ndarray | None:
-    """The newest state, where there is a history of them."""
-    return state if state is None or state.ndim == 1 else state[-1]

@@ -48,9 +48,13 @@ def pipeline_node(
             f"{found.source.path} comes without a tokenizer: give tokenizer=..., the path of "
             f"PaliGemma's paligemma_tokenizer.model, or set {_TOKENIZER} to it"
         )
-    if robot is not None:
-        node["robot"] = robot_node(robot)
     _take(node, assets)
+    if robot is not None:
+        # What belongs to the robot is the robot's to say: cameras, resizing, normalisation.
+        node["robot"] = robot_node(robot)
+        node |= {"cameras": None, "resize": None}
+        if node["robot"].get("normalization") is not None:
+            node["normalization"] = None
     given = statistics or assets.statistics
     if given is not None:
         node["statistics"] = str(given)

@@ -21,8 +21,9 @@ __all__ = ["Entry", "MemorySource", "Source", "open_source"]
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 EXPECTED = (
-    "a .safetensors file or a *.safetensors.index.json with its shards, a .pt, .pth or .bin file "
-    "of torch.save, or an Orbax folder (with _METADATA, or with params/ that has it)"
+    "a checkpoint or run folder of pizero, a .safetensors file or a *.safetensors.index.json with "
+    "its shards, a .pt, .pth or .bin file of torch.save, or an Orbax folder (with _METADATA, or "
+    "with params/ that has it)"
 )
 
 
