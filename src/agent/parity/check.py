@@ -171,7 +171,7 @@ def _gradients(case: Case, run: _Run, unknown: list[str]) -> Iterator[tuple[str,
             assert resolved is not None
             ours = run.gradients(case.dtype)[resolved]
             verdict = compare(ours, theirs, rule)
-            quiet = 1e-5 * loudest
+            quiet = min(100 * torch.finfo(case.dtype).eps, 1e-2) * loudest
             if verdict.ok or max(ours.double().norm(), theirs.double().norm()) > quiet:
                 return verdict
             exact = run.gradients(torch.float64)[resolved].norm()

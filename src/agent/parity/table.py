@@ -32,7 +32,7 @@ def _parts(report: CaseReport, section: Section, failing_only: bool) -> Iterator
         table.add_column("", no_wrap=True)
         for row in rows:
             v = row.verdict
-            word = Text("ok", "green") if v.ok else Text("FAILS", "bold red")
+            word = Text("ok*" if v.note else "ok", "green") if v.ok else Text("FAILS", "bold red")
             name = Text(row.name)
             if v.note:
                 name.append(f"\n{v.note}", style="dim")
@@ -48,6 +48,8 @@ def _parts(report: CaseReport, section: Section, failing_only: bool) -> Iterator
         yield Text(f"not compared, no such thing here: {', '.join(section.unknown)}")
     compared, failed = len(section.rows), len(section.failed)
     within = f"{compared - failed} of {compared} tensors within tolerance"
+    if again := sum(row.verdict.ok and bool(row.verdict.note) for row in section.rows):
+        within += f", {again} of them at a second look (ok*)"
     if not compared:
         within += ": nothing to compare"
     yield Text(within, "green" if section.ok else "bold red")
