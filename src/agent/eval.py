@@ -308,7 +308,11 @@ def make_protocol(config: EvalConfig, world: Mapping[str, Any], checkpoint: Path
 def check_fit(policy: Policy, world: Mapping[str, Any], *, act_steps: int) -> None:
     """Refuses a policy and a simulator that do not belong together, before any episode."""
     wrong = []
-    if missing := [c for c in policy.pipeline.cameras if c not in world["cameras"]]:
+    robot = policy.pipeline.robot
+    names = {c: (c,) for c in policy.pipeline.cameras}
+    if robot is not None:
+        names = {slot: (*known, slot) for slot, known in robot.cameras.items() if known}
+    if missing := [c for c, known in names.items() if not set(known) & set(world["cameras"])]:
         wrong.append(f"the policy sees cameras {missing}, the simulator has {world['cameras']}")
     if policy.pipeline.frames > 1:
         wrong.append(f"the policy reads {policy.pipeline.frames} frames, an evaluation gives one")

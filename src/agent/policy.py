@@ -21,6 +21,7 @@ from pizero.types import Float, Observation, Tensor
 
 if TYPE_CHECKING:
     from pizero.data.pipeline import PolicyPipeline
+    from pizero.data.robot import OutputStage
     from pizero.model import PiZero
 
 Array = np.ndarray | torch.Tensor
@@ -58,6 +59,12 @@ class Policy:
         """The shape of one decision's noise: the model's horizon and (padded) action_dim."""
         return (self.model.horizon, self.model.action_dim)
 
+    def output_stage(self) -> OutputStage | None:
+        """What the robot does with executed actions at the very end, fresh for an episode: a
+        gripper that sticks, say. None for most."""
+        robot = self.pipeline.robot
+        return None if robot is None else robot.output_stage()
+
     def act(
         self,
         *,
@@ -84,7 +91,8 @@ class Policy:
         `num_steps` is the policy's own where it is None.
         """
         alone = text is None or isinstance(text, str)
-        observations = _rows(images, [text] if alone else text, state, alone=alone)
+        texts = [text] if text is None or isinstance(text, str) else text
+        observations = _rows(images, texts, state, alone=alone)
         if noise is None:
             shape = (len(observations), *self.noise_shape)
             start = self.noise_scale * torch.randn(shape, generator=generator)

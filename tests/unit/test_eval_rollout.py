@@ -27,6 +27,9 @@ class Obedient:
     def __init__(self):
         self.batches: list[int] = []
 
+    def output_stage(self):
+        return None
+
     def act_batch(self, observations, *, noise):
         self.batches.append(len(observations))
         chunks = noise.numpy().astype(np.float32)
@@ -38,6 +41,30 @@ class Obedient:
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+
+
+class Latched(Obedient):
+    """Its robot repeats the first action of an episode for three steps."""
+
+    def output_stage(self):
+        return Repeat()
+
+
+class Repeat:
+    def __init__(self):
+        self.left, self.held = 3, None
+
+    def __call__(self, actions):
+        actions = actions.copy()
+        for action in actions:
+            self.held = action.copy() if self.held is None else self.held
+            if self.left:
+                self.left -= 1
+                action[:] = self.held
+        return actions
+
+    def reset(self):
+        raise AssertionError("a fresh stage needs no reset")
 
 
 def episodes(count, *, tasks=("go-left", "go-right"), **values):
@@ -69,6 +96,14 @@ def roll(todo, *, workers=2, settings=SETTINGS, policy=None, **options):
         for client in clients:
             client.close()
     return results, actions, timing
+
+
+def test_what_a_robot_remembers_lasts_an_episode():
+    """The stage sees executed actions only, two of each chunk, and starts anew each episode."""
+    _, actions, _ = roll(episodes(2), policy=Latched(), workers=1)
+    for executed in actions.values():
+        np.testing.assert_array_equal(executed[1:3], executed[[0, 0]])
+        assert not np.array_equal(executed[3], executed[0])
 
 
 def test_every_episode_runs_once_and_both_rules_are_kept():

@@ -104,7 +104,7 @@ def _predict(
         }
         for sample in samples
     ]
-    return policy.act_batch(observations, noise=noise)
+    return policy.act_batch(observations, noise=noise, live=False)
 
 
 def _png(images: Mapping[str, np.ndarray]) -> str:

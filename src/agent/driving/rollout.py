@@ -21,6 +21,7 @@ import torch
 
 from pizero.agent.driving.episodes import Episode, EpisodeResult
 from pizero.agent.policy import Policy, keyed_noise
+from pizero.data.robot import OutputStage
 
 
 @runtime_checkable
@@ -72,6 +73,7 @@ class _Running:
     goals: dict[str, list[bool]] = field(default_factory=dict)
     actions: list[np.ndarray] = field(default_factory=list)
     done: bool = False
+    stage: OutputStage | None = None  # the robot's last step, which remembers over an episode
 
 
 def run_episodes(
@@ -96,7 +98,7 @@ def run_episodes(
     started = time.perf_counter()
     with selectors.DefaultSelector() as selector:
         for index, worker in enumerate(workers):
-            _start(index, workers, queue, running, settings)
+            _start(index, workers, queue, running, policies, settings)
             # One that has nothing to do may still announce that it has started.
             if index in running:
                 selector.register(worker.fileno(), selectors.EVENT_READ, data=index)
@@ -106,7 +108,7 @@ def run_episodes(
                 finished = running.pop(index)
                 timing.steps += finished.steps
                 on_result(_result(finished), np.concatenate(finished.actions))
-                _start(index, workers, queue, running, settings)
+                _start(index, workers, queue, running, policies, settings)
                 if index not in running:
                     selector.unregister(workers[index].fileno())
             ready = [i for i in ready if i in running and running[i].observation is not None]
@@ -149,12 +151,14 @@ def _start(
     workers: Sequence[Worker],
     queue: _Queue,
     running: dict[int, _Running],
+    policies: Mapping[str, Policy],
     settings: RolloutSettings,
 ) -> None:
     episode = queue.next_for(index)
     if episode is None:
         return
-    running[index] = _Running(episode, started=time.perf_counter())
+    stage = policies[episode.weights].output_stage()
+    running[index] = _Running(episode, started=time.perf_counter(), stage=stage)
     workers[index].submit(
         "reset",
         task=episode.task,
@@ -247,7 +251,8 @@ def _decide(policy: Policy, runs: Sequence[_Running], seed: int) -> np.ndarray:
 
 def _execute(run: _Running, worker: Worker, chunk: np.ndarray, settings: RolloutSettings) -> None:
     steps = min(settings.act_steps, settings.max_steps - run.steps)
-    actions = np.ascontiguousarray(chunk[:steps], dtype=np.float32)
+    executed = chunk[:steps] if run.stage is None else run.stage(chunk[:steps])
+    actions = np.ascontiguousarray(executed, dtype=np.float32)
     run.actions.append(actions)
     run.decisions += 1
     run.observation = None

@@ -38,7 +38,7 @@ def read_tensor(path: Path, offset: int, entry: Entry) -> Tensor:
     with path.open("rb") as file:
         file.seek(offset)
         # Unlike read(), this makes no second copy, and buffered files read all that is asked for.
-        count = file.readinto(raw.numpy())
+        count = file.readinto(raw.numpy().data)
     if count != entry.num_bytes:
         raise ValueError(
             f"{path} is truncated: {entry.num_bytes} bytes expected at {offset}, got {count}"
