@@ -131,9 +131,14 @@ def _torch(source: Source, overrides: dict[str, Any], kind: str | None) -> Found
             node = language_node(kind, eyes, vlm, vocab_size)
             _note_chunk(kind, node, overrides, notes)
     except KeyError as error:
-        raise ValueError(_cannot_size(source, str(error.args[0]))) from error
+        missing = _as_stored(str(error.args[0]), stored)
+        raise ValueError(_cannot_size(source, missing)) from error
     if "rope_base" in config:
-        for mixture in node["joint"]["mixtures"].values():
+        for name, mixture in node["joint"]["mixtures"].items():
+            if flow and config["rope_base"] != mixture["rope_base"]:
+                _refuse_theta(
+                    source, f"joint.mixtures.{name}.rope_base", config, mixture, overrides
+                )
             mixture["rope_base"] = config["rope_base"]
     override(node, overrides)
     if node["vision"]["num_heads"] is None:
@@ -358,9 +363,25 @@ def _as_stored(spelled: str, stored: Mapping[str, str]) -> str:
     root = spelled.split(".")[0] + "."
     for other, name in stored.items():
         rest = other.removeprefix(root)
-        if other.startswith(root) and name.endswith(rest):
+        # Not within a word: `lm_head` is no `head` of something called `lm_`.
+        if other.startswith(root) and f".{name}".endswith(f".{rest}"):
             return name.removesuffix(rest) + spelled.removeprefix(root)
     return spelled
+
+
+def _refuse_theta(
+    source: Source,
+    key: str,
+    config: Mapping[str, Any],
+    mixture: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+) -> None:
+    if key not in overrides:
+        raise ValueError(
+            f"{source.path.parent / 'config.json'} has rope_theta {config['rope_base']:g}, but all "
+            f"published weights of this kind were trained with {mixture['rope_base']:g}; if these "
+            f"were not, say so with overrides={{{key!r}: {config['rope_base']:g}}}"
+        )
 
 
 def _refuse_adapters(source: Source) -> None:
