@@ -176,7 +176,7 @@ DAMAGES = {
     "theta of ours": ("ours", text("config.yaml", "rope_base: 10000.0", "rope_base: 100.0"),
         r"do not belong together: model.joint.mixtures.vlm.rope_base is 10000.0 in metadata.json "
         r"and 100.0 in config.yaml"),
-    "theta beside the weights": ("openpi", other_theta, 
+    "theta beside the weights": ("openpi", other_theta,
         r"config.json has rope_theta 500, but all published .* trained with 10000; if these were"),
     "adapter without base": ("openpi", adapter_alone,
         r"adapter_model.safetensors holds LoRA adapters \(2 tensors .*merge them first"),
