@@ -15,6 +15,8 @@ import numpy as np
 from pizero.data.fast_tokenizer import FastTokenizer, UndecodableActions
 from pizero.data.tokenizer import BOS, EOS, Tokenizer, state_bins
 
+FAST = "fast"  # the pipeline's name for this prompt
+CAUSAL, LOSS = "token_causal", "token_loss"
 OPENING, CLOSING = "Action: ", "|"
 
 
@@ -68,11 +70,7 @@ class FastPrompt:
         self, text: str, state: np.ndarray, actions: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
         """tokens int64 [n], and bool [n] token_causal and token_loss, which mark the answer."""
-        question = self.question(text, state)
-        answer = [] if actions is None else self.answer(actions)
-        marks = np.arange(len(question) + len(answer)) >= len(question)
-        tokens = np.array([*question, *answer], np.int64)
-        return {"tokens": tokens, "token_causal": marks, "token_loss": marks.copy()}
+        return mark(self.question(text, state), [] if actions is None else self.answer(actions))
 
     def read(
         self, tokens: Sequence[int] | np.ndarray, *, horizon: int, action_dim: int
@@ -98,6 +96,13 @@ class FastPrompt:
         return self.actions.decode(
             [self._top - i for i in ids], horizon=horizon, action_dim=action_dim
         )
+
+
+def mark(question: Sequence[int] | np.ndarray, answer: Sequence[int]) -> dict[str, np.ndarray]:
+    """tokens int64 [n], and bool [n] token_causal and token_loss: True at the answer."""
+    answered = np.arange(len(question) + len(answer)) >= len(question)
+    tokens = np.array([*question, *answer], np.int64)
+    return {"tokens": tokens, CAUSAL: answered, LOSS: answered.copy()}
 
 
 def _find(part: Sequence[int], whole: Sequence[int]) -> int | None:

@@ -12,11 +12,13 @@ import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
+from pizero.data.fast_prompt import CAUSAL, FAST, LOSS, FastPrompt, mark
+from pizero.data.fast_tokenizer import FastTokenizer
 from pizero.data.images import RESIZE_KINDS, parse_image, resize_image
 from pizero.data.normalize import expect_one_of, make_normalizer, subtract_state
 from pizero.data.robot import Robot
@@ -37,13 +39,15 @@ class PolicyPipeline:
                       `statistics`, `normalization` and `delta_mask` may be left to it, by None
     cameras           names in the order the model sees them; one that a sample lacks is a black
                       image with mask False
-    black_cameras     those of them that the model looks at even where they are lacking (all of
-                      pi0-FAST's)
+    black_cameras     those of them that the model looks at even where they are lacking, or "all"
+                      (pi0-FAST)
     image_size        (height, width) of the model's images; resize is one of images.RESIZE_KINDS,
                       None without a robot: lanczos
     tokenizer         path of a SentencePiece file
     max_tokens        longest prompt; longer ones are cut, with a warning
-    prompt            one of tokenizer.PROMPTS
+    prompt            one of tokenizer.PROMPTS, or "fast": actions are text too (fast_prompt)
+    action_tokenizer  folder of the FAST tokenizer, for that prompt
+    vocab_size        the model's, whose end action tokens take; None: the tokenizer's, as PaliGemma
     statistics        path of a statistics file, or its content
     normalization     {"state": ..., "action": ...}: a kind, or {kind:, mask:, clip:, ...} as in
                       Normalizer
@@ -69,11 +73,13 @@ class PolicyPipeline:
         state_dim: int | None,
         robot: Robot | None = None,
         cameras: Sequence[str] | None = None,
-        black_cameras: Sequence[str] = (),
+        black_cameras: Sequence[str] | Literal["all"] = (),
         statistics: str | Path | Mapping[str, Any] | None = None,
         normalization: Mapping[str, str | Mapping[str, Any]] | None = None,
         resize: str | None = None,
         prompt: str = "pi0",
+        action_tokenizer: str | Path | None = None,
+        vocab_size: int | None = None,
         delta_mask: Sequence[bool] | None = None,
         frames: int = 1,
         robot_state_dim: int | None = None,
@@ -97,12 +103,18 @@ class PolicyPipeline:
         normalization = _needed("normalization", normalization)
         if not cameras or len(set(cameras)) != len(cameras):
             raise ValueError(f"expected distinct camera names, got {list(cameras)}")
+        black_cameras = cameras if black_cameras == "all" else black_cameras
         for name in black_cameras:
             expect_one_of("a name in black_cameras", name, tuple(cameras))
         if len(image_size) != 2:
             raise ValueError(f"expected image_size (height, width), got {list(image_size)}")
         expect_one_of("resize", resize, RESIZE_KINDS)
-        expect_one_of("prompt", prompt, PROMPTS)
+        expect_one_of("prompt", prompt, (*PROMPTS, FAST))
+        if (prompt == FAST) != (action_tokenizer is not None):
+            raise ValueError(
+                f"the prompt {FAST!r} and an action_tokenizer belong together, got prompt "
+                f"{prompt!r} and action_tokenizer {action_tokenizer!r}"
+            )
         self.cameras, self.black_cameras = tuple(cameras), tuple(black_cameras)
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.resize, self.prompt, self.frames = resize, prompt, frames
@@ -111,6 +123,13 @@ class PolicyPipeline:
         self.delta_mask = tuple(delta_mask) if delta_mask else None
         self.learn_past_end, self.learn_padding = learn_past_end, learn_padding
         self.tokenizer = Tokenizer(tokenizer)
+        self.fast: FastPrompt | None = None
+        if action_tokenizer is not None:
+            self.fast = FastPrompt(
+                tokenizer=self.tokenizer,
+                actions=FastTokenizer.load(action_tokenizer),
+                vocab_size=vocab_size,
+            )
         self.statistics = load_statistics(_needed("statistics", statistics), dataset=dataset)
         for name in normalization:
             expect_one_of("a name in normalization", name, ("action", "state"))
@@ -122,7 +141,7 @@ class PolicyPipeline:
         if "action" not in self._normalizers:
             raise ValueError(f"expected normalization of 'action', got {sorted(normalization)}")
         self._needs_state = (
-            state_dim is not None or prompt in WITH_STATE or self.delta_mask is not None
+            state_dim is not None or prompt in (*WITH_STATE, FAST) or self.delta_mask is not None
         )
         if self._needs_state and "state" not in self._normalizers:
             raise ValueError(f"expected normalization of 'state', got {sorted(normalization)}")
@@ -172,6 +191,10 @@ class PolicyPipeline:
         normalized = self._normalizers["action"].normalize(actions)
         encoded["actions"] = _pad_last(normalized, self.action_dim)
         encoded["action_mask"] = counts
+        if self.fast is not None:
+            question, answer = encoded["tokens"], self.fast.answer(normalized)
+            for name, values in mark(question, answer).items():
+                encoded[name] = self._fit(values, sample["text"])
         return encoded
 
     def observation(
@@ -225,13 +248,33 @@ class PolicyPipeline:
         tokens = np.full((len(encoded), width), PAD, np.int64)
         token_mask = np.arange(width) < np.array(lengths)[:, None]
         tokens[token_mask] = np.concatenate([e["tokens"] for e in encoded])
+        causal = learnt = None
+        if self.fast is not None and CAUSAL in encoded[0]:
+            causal, learnt = np.zeros((2, *tokens.shape), bool)
+            causal[token_mask] = np.concatenate([e[CAUSAL] for e in encoded])
+            learnt[token_mask] = np.concatenate([e[LOSS] for e in encoded])
         return Observation(
             images=images,
             tokens=torch.from_numpy(tokens),
             image_mask=None if bool(image_mask.all()) else image_mask,
             token_mask=None if bool(token_mask.all()) else torch.from_numpy(token_mask),
             state=None if self.state_dim is None else _stack(encoded, "state"),
+            token_causal=None if causal is None else torch.from_numpy(causal),
+            token_loss=None if learnt is None else torch.from_numpy(learnt),
         )
+
+    def read_answer(self, tokens: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
+        """The chunk float32 [horizon action_dim] that generated tokens spell, for decode_actions.
+
+        Raises fast_tokenizer.UndecodableActions when they spell none.
+        """
+        if self.fast is None:
+            raise ValueError(
+                f"answers are read with the prompt {FAST!r}, this one is {self.prompt!r}"
+            )
+        ids = tokens.tolist() if isinstance(tokens, torch.Tensor) else tokens
+        actions = self.fast.read(ids, horizon=self.horizon, action_dim=self.robot_action_dim)
+        return _pad_last(actions, self.action_dim)
 
     def decode_actions(
         self,
@@ -265,11 +308,18 @@ class PolicyPipeline:
         return values.astype(np.float32)
 
     def save_assets(self, folder: str | Path) -> dict[str, str]:
-        """Write `stats.json` and `tokenizer.model`; the constructor arguments that name them."""
+        """Write `stats.json` and `tokenizer.model`; the constructor arguments that name them.
+
+        The FAST tokenizer's files, if there is one, lie in the same folder.
+        """
         folder = Path(folder)
         save_statistics(self.statistics, folder / "stats.json")
         self.tokenizer.save(folder / "tokenizer.model")
-        return {"statistics": "stats.json", "tokenizer": "tokenizer.model"}
+        names = {"statistics": "stats.json", "tokenizer": "tokenizer.model"}
+        if self.fast is not None:
+            self.fast.actions.save(folder)
+            names["action_tokenizer"] = "."
+        return names
 
     def _images(
         self, images: Mapping[str, np.ndarray], live: bool
@@ -318,6 +368,9 @@ class PolicyPipeline:
         return state
 
     def _prompt(self, text: str, state: np.ndarray | None) -> np.ndarray:
+        if self.fast is not None:
+            assert state is not None
+            return self._fit(np.array(self.fast.question(text, state[-1]), np.int64), text)
         if self.prompt in WITH_STATE:
             assert state is not None
             present = state[-1]
