@@ -32,6 +32,7 @@ from pizero.agent.training.ema import WeightAverage
 from pizero.agent.training.optim import load_optimizer_state, optimizer_state
 from pizero.agent.weights import load_model
 from pizero.agent.weights.folder import (
+    FAST_FILES,
     FILES,
     PREFIX,
     WEIGHTS,
@@ -122,14 +123,11 @@ def step_of(folder: Path) -> int:
 def build_pipeline(
     node: Any, folder: Path, *, packages: Sequence[str] | None = None
 ) -> PolicyPipeline:
-    """The configured pipeline, with the statistics and the tokenizer that lie in `folder`."""
-    return build(
-        node,
-        path="pipeline",
-        packages=packages,
-        statistics=folder / "stats.json",
-        tokenizer=folder / "tokenizer.model",
-    )
+    """The configured pipeline, with the statistics and the tokenizers that lie in `folder`."""
+    files = {"statistics": folder / "stats.json", "tokenizer": folder / "tokenizer.model"}
+    if all((folder / name).is_file() for name in FAST_FILES):
+        files["action_tokenizer"] = folder
+    return build(node, path="pipeline", packages=packages, **files)
 
 
 @torch.no_grad()

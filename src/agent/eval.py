@@ -40,6 +40,7 @@ from pizero.agent.machine import hardware, versions
 from pizero.agent.policy import Policy, load_policy
 from pizero.agent.report import write_report
 from pizero.agent.weights.folder import find_checkpoint
+from pizero.model import PiZeroFast
 
 log = logging.getLogger(__name__)
 
@@ -349,10 +350,13 @@ def describe_model(policy: Policy) -> dict[str, Any]:
     images = dict.fromkeys(pipeline.cameras, picture)
     with torch.inference_mode():
         blank = policy.observe([{"images": images, "text": "", "state": state}])
-        prefix = model.embed_prefix(blank)[2]
+        if isinstance(model, PiZeroFast):
+            layout = model.embed(blank)[2]
+        else:
+            layout = model.embed_prefix(blank)[2] + model.suffix_layout()
     return {
         "parameters": parameters,
-        "segments": [asdict(s) for s in (prefix + model.suffix_layout()).segments],
+        "segments": [asdict(s) for s in layout.segments],
         "horizon": model.horizon,
         "num_steps": policy.num_steps,
         "noise_scale": policy.noise_scale,

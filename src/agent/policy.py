@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from pizero.model import PiZero, PiZeroFast
 from pizero.types import Float, Observation, Tensor
 
 if TYPE_CHECKING:
     from pizero.data.pipeline import PolicyPipeline
     from pizero.data.robot import OutputStage
-    from pizero.model import PiZero
 
 Array = np.ndarray | torch.Tensor
 DEFAULT_NUM_STEPS = 10
+LONGEST_ANSWER = 256  # tokens of pi0-FAST, as openpi has it
 
 
 class Policy:
@@ -34,11 +35,14 @@ class Policy:
     `num_steps` is the number of Euler steps of a decision. `noise_scale` shrinks the noise that a
     decision starts from: 1 samples the learnt distribution, 0 follows its middle, which aims better
     where there is one way to do the task. The model's weights decide the device.
+
+    pi0-FAST spells its actions, so it needs neither noise nor steps; an answer that spells none
+    raises fast_tokenizer.UndecodableActions.
     """
 
     def __init__(
         self,
-        model: PiZero,
+        model: PiZero | PiZeroFast,
         pipeline: PolicyPipeline,
         *,
         num_steps: int = DEFAULT_NUM_STEPS,
@@ -123,14 +127,24 @@ class Policy:
             )
         batch = self.observe(observations, live=live)
         with torch.inference_mode():
-            steps = self.num_steps if num_steps is None else num_steps
-            actions = self.model.sample(batch, noise.to(self.device), steps)
+            if isinstance(self.model, PiZeroFast):
+                actions = self._spelt(self.model, batch)
+            else:
+                steps = self.num_steps if num_steps is None else num_steps
+                actions = self.model.sample(batch, noise.to(self.device), steps).cpu()
         return np.stack(
             [
                 self.pipeline.decode_actions(chunk, observation["state"], live=live)
-                for chunk, observation in zip(actions.cpu(), observations, strict=True)
+                for chunk, observation in zip(actions, observations, strict=True)
             ]
         )
+
+    def _spelt(
+        self, model: PiZeroFast, batch: Observation
+    ) -> Float[Tensor, "b horizon action_dim"]:
+        """The likeliest answers of pi0-FAST, read."""
+        said = model.decode(batch, max_new_tokens=LONGEST_ANSWER).tokens.cpu()
+        return torch.from_numpy(np.stack([self.pipeline.read_answer(tokens) for tokens in said]))
 
     def observe(
         self, observations: Sequence[Mapping[str, Any]], *, live: bool = True
@@ -169,6 +183,7 @@ def load_policy(
     robot: str | Path | None = None,
     statistics: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    action_tokenizer: str | Path | None = None,
     asset: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     changes: Mapping[str, Any] | None = None,
@@ -184,10 +199,10 @@ def load_policy(
     """The policy of a checkpoint: a folder of ours, which needs nothing else, or a published one.
 
     Published checkpoints (openpi in either form, LeRobot, giga-models, open-pi-zero, transformers'
-    pi0) say less of themselves: `robot`, `statistics`, `tokenizer` and `asset` are what lies
-    elsewhere (see `published.pipeline_node`), `overrides` are sizes that leave no trace in weights
-    ({"horizon": 10}), `changes` arguments of the pipeline to replace, and `kind` "pi0_fast" tells
-    pi0-FAST from PaliGemma.
+    pi0) say less of themselves: `robot`, `statistics`, `tokenizer`, `action_tokenizer` and `asset`
+    are what lies elsewhere (see `published.pipeline_node`), `overrides` are sizes that leave no
+    trace in weights ({"horizon": 10}), `changes` arguments of the pipeline to replace, and `kind`
+    "pi0_fast" tells pi0-FAST from PaliGemma.
 
     `dtype` None keeps the precision that is stored. `weights="random"` gives the model of a folder
     of ours as it was before training (drawn from `seed`): the baseline that shows what training was
@@ -205,7 +220,7 @@ def load_policy(
     device = choose_device(device)
     given = dict(
         robot=robot, statistics=statistics, tokenizer=tokenizer, asset=asset,
-        overrides=overrides, changes=changes, kind=kind,
+        action_tokenizer=action_tokenizer, overrides=overrides, changes=changes, kind=kind,
     )  # fmt: skip
     if has_pipeline(path):
         if named := [name for name, value in given.items() if value is not None]:
@@ -226,6 +241,7 @@ def load_policy(
             robot=robot,
             statistics=statistics,
             tokenizer=tokenizer,
+            action_tokenizer=action_tokenizer,
             asset=asset,
             changes=changes,
         )

@@ -22,7 +22,7 @@ from pizero.agent.weights.inspect import Found
 if TYPE_CHECKING:
     from pizero.data.pipeline import PolicyPipeline
 
-_TOKENIZER = "PIZERO_TOKENIZER"
+_TOKENIZER, _ACTION_TOKENIZER = "PIZERO_TOKENIZER", "PIZERO_FAST_TOKENIZER"
 
 
 def pipeline_node(
@@ -31,14 +31,15 @@ def pipeline_node(
     robot: str | Path | None = None,
     statistics: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    action_tokenizer: str | Path | None = None,
     asset: str | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The resolved pipeline node of a published checkpoint.
 
     `robot` is a name in config/robot or a YAML file; `statistics` and `tokenizer` are files for
-    what is not beside the weights, `asset` chooses where several robots' statistics are, and
-    `changes` replaces arguments of the pipeline.
+    what is not beside the weights, `action_tokenizer` is the folder of pi0-FAST's, `asset` chooses
+    where several robots' statistics are, and `changes` replaces arguments of the pipeline.
     """
     assets = find_assets(found.source.path, asset=asset)
     node: dict[str, Any] = _container(config_dir() / "pipeline" / f"{family(found)}.yaml")
@@ -48,6 +49,16 @@ def pipeline_node(
             f"{found.source.path} comes without a tokenizer: give tokenizer=..., the path of "
             f"PaliGemma's paligemma_tokenizer.model, or set {_TOKENIZER} to it"
         )
+    if "action_tokenizer" in node:
+        spelt = action_tokenizer or os.environ.get(_ACTION_TOKENIZER)
+        if not spelt:
+            raise ValueError(
+                f"{found.source.path} spells its actions: give action_tokenizer=..., the folder "
+                f"of physical-intelligence/fast or one of yours, or set {_ACTION_TOKENIZER} to it"
+            )
+        node["action_tokenizer"] = str(spelt)
+    elif action_tokenizer is not None:
+        raise ValueError(f"{found.source.path} is {found.kind}, which spells no actions")
     _take(node, assets)
     if robot is not None:
         # What belongs to the robot is the robot's to say: cameras, resizing, normalisation.

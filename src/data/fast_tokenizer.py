@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 CONFIG, MODEL, TRANSFORMERS = "processor_config.json", "tokenizer.json", "tokenizer_config.json"
+FILES = (CONFIG, MODEL, TRANSFORMERS)
 NUM_BYTES = 256
 FIRST_SURROGATE = 0xD800  # code points from here on are no characters
 UNREADABLE = "\ufffd"  # what bytes that are no text decode to

@@ -29,7 +29,8 @@ def learn_from_data(
     folder = Path(config.run_dir)
     if ranks.is_main and previous is not None:
         for name in FILES:
-            shutil.copyfile(previous / name, folder / name)
+            if (previous / name).is_file():
+                shutil.copyfile(previous / name, folder / name)
     elif ranks.is_main:
         node = config.pipeline.get("robot")
         robot = None if node is None else build(node, path="pipeline.robot")

@@ -89,12 +89,12 @@ def _to_own(found: Found, options: argparse.Namespace, dtype: torch.dtype | None
         robot=options.robot,
         statistics=options.statistics,
         tokenizer=options.tokenizer,
+        action_tokenizer=options.action_tokenizer,
         asset=options.asset,
     )
     pipeline = build_published(node, found)
     with tempfile.TemporaryDirectory() as files:
-        pipeline.save_assets(files)
-        node |= dict.fromkeys(("statistics", "tokenizer"))
+        node |= dict.fromkeys(pipeline.save_assets(files))
         return export(found, options.destination, dtype=dtype, pipeline=node, files=Path(files))
 
 
@@ -131,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kind", choices=KINDS, help="pi0_fast tells pi0-FAST from PaliGemma")
     add("--robot", help="name in config/robot, or a YAML file")
     add("--tokenizer", type=Path, help="PaliGemma's paligemma_tokenizer.model")
+    add("--action-tokenizer", type=Path, help="folder of pi0-FAST's action tokenizer")
     add("--statistics", type=Path, help="statistics, of any dialect")
     add("--asset", help="whose statistics, where several robots' lie beside the weights")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="model sizes: horizon=10")

@@ -16,10 +16,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from pizero.data.fast_tokenizer import FILES as FAST_FILES
+
 FORMAT = 1
 WEIGHTS = "model.safetensors"
 UNREAD = "unread.safetensors"  # tensors of other layouts that a policy does not read
-FILES = ("stats.json", "tokenizer.model")  # what the pipeline learnt from the data
+# What the pipeline learnt from the data, and the tokenizer of actions that are spelt.
+FILES = ("stats.json", "tokenizer.model", *FAST_FILES)
 PREFIX = "step_"
 
 
