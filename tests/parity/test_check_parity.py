@@ -10,9 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from pizero.agent.parity import check_case
+from pizero.agent.parity import check_case, read_case
+from pizero.agent.parity.flow import FlowAnswers
+from pizero.agent.parity.rounding import rounded_as_openpi
+from pizero.agent.weights import load_model
 
 TESTS = Path(__file__).parents[1]
 FIXTURES = TESTS / "data" / "fixtures"
@@ -86,3 +90,21 @@ def test_the_script_exits_1_for_what_is_no_case(tmp_path, monkeypatch, capsys):
     code, out = run(tmp_path, FIXTURES / "openpi_pi05", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 1
     assert "is no parity case" in out.replace("\n", "")
+
+
+def test_rounding_where_openpi_rounds_comes_nearer_to_its_bfloat16():
+    """And leaves the model as it was."""
+    case = read_case(FIXTURES / "openpi_pi0")
+    stored = case.io["out.bf16.velocity"]
+    loaded = load_model(case.sources[0], dtype=torch.bfloat16, overrides=case.overrides())
+
+    def velocity():
+        answer = FlowAnswers(case, loaded.model).answer("velocity", stored)
+        assert answer is not None
+        return answer.ours
+
+    before = velocity()
+    with rounded_as_openpi():
+        rounded = velocity()
+    assert torch.equal(velocity(), before)
+    assert (rounded - stored).norm() < 0.3 * (before - stored).norm()

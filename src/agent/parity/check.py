@@ -6,12 +6,13 @@ deserve a second look before they count as missed, and the table says when one w
 - keys and values, where the case stores the prefix embeddings too: from those. Else the rounding
   of the vision tower, amplified by the layers, would be counted at every stage behind it;
 - bfloat16 numbers, which depend on the order of rounding: against a whole run of ours that rounds
-  elsewhere (written-out attention, or float32 arithmetic on the weights, rounded and not).
+  elsewhere (where openpi does, in written-out attention, in the weights alone, or nowhere).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from pizero.agent.parity.case import DTYPES, FAST, Case, read_case
 from pizero.agent.parity.fast import FastAnswers
 from pizero.agent.parity.flow import Answer, FlowAnswers
 from pizero.agent.parity.gradients import Gradients, gradients_of, joined_twins
+from pizero.agent.parity.rounding import rounded_as_openpi
 from pizero.agent.parity.rules import Rule, Verdict, compare, rule_for
 from pizero.agent.weights import Found, Loaded, inspect, load_model
 from pizero.types import Tensor
@@ -227,8 +229,10 @@ class _Run:
 
     def orders(self) -> Iterator[tuple[str, Answers]]:
         """Other runs of the same numbers, less and less rounded."""
-        model = self._load(torch.bfloat16).model
-        yield "attention written out", _WithMath(self._make(model))
+        model = self.loaded(torch.bfloat16).model
+        yield "rounded where openpi rounds", _Inside(self._make(model), rounded_as_openpi)
+        written_out = _Inside(self._make(model), lambda: sdpa_kernel(SDPBackend.MATH))
+        yield "attention written out", written_out
         yield "rounded weights in float32", self._make(self._load(torch.bfloat16).model.float())
         yield "in float32", self._make(self._load(torch.float32).model)
 
@@ -241,17 +245,19 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class _WithMath:
-    """Answers with attention written out, in place of the fused kernel."""
+class _Inside:
+    """Answers that are computed inside a context."""
 
     answers: Answers
+    context: Callable[[], AbstractContextManager[object]]
 
     def answer(self, name: str, stored: Tensor) -> Answer | None:
-        with sdpa_kernel(SDPBackend.MATH):
+        with self.context():
             return self.answers.answer(name, stored)
 
     def loss(self) -> Tensor:
-        return self.answers.loss()
+        with self.context():
+            return self.answers.loss()
 
 
 def _words(error: Exception) -> str:
