@@ -108,6 +108,7 @@ def load_into(
             if not math.isfinite(squares):
                 raise ValueError(f"{found.source.path}: {name} holds numbers that are not finite")
             report.experts[expert_of(link.ours)].squares += squares
+            del piece  # a view: it would keep `stored` while the next one is read
         del stored
     return report
 
