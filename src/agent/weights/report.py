@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pizero.agent.weights.links import LeftOut
 
-_PART = 1 << 18  # numbers whose sum of squares is taken at once: they fit in a cache
+_PART = 1 << 15  # numbers whose sum of squares is taken at once: in a cache, and without threads
 
 
 @dataclass
