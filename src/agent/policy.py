@@ -10,6 +10,7 @@ and the way back) is the pipeline's business, the same one that training used.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pizero.data.pipeline import PolicyPipeline
     from pizero.data.robot import OutputStage
 
+log = logging.getLogger(__name__)
 Array = np.ndarray | torch.Tensor
 DEFAULT_NUM_STEPS = 10
 LONGEST_ANSWER = 256  # tokens of pi0-FAST, as openpi has it
@@ -246,7 +248,11 @@ def load_policy(
             changes=changes,
         )
         pipeline = build_published(node, found)
-        model = load_model(found, device=device, dtype=dtype).model
+        loaded = load_model(found, device=device, dtype=dtype)
+        model = loaded.model
+        log.info("%s", loaded.report)
+        for note in loaded.report.notes:
+            log.warning("%s: %s", path, note)
     return Policy(model, pipeline, num_steps=num_steps, noise_scale=noise_scale)
 
 

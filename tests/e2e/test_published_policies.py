@@ -45,11 +45,13 @@ def observation(dimensions: int = 7) -> dict:
     }
 
 
-def test_openpis_own_checkpoint_acts(tokenizer):
+def test_openpis_own_checkpoint_acts(tokenizer, caplog):
     """Orbax weights and the statistics beside them; nothing but the tokenizer is given."""
+    caplog.set_level("INFO")
     policy = pizero.load_policy(ORBAX, tokenizer=tokenizer, overrides={"horizon": 6}, device="cpu")
     chunk = policy.act(**observation(), noise=NOISE, num_steps=4)
     assert chunk.shape == (6, 7)
+    assert "174,464" in caplog.text  # what was loaded is said: the language model's parameters
     with torch.inference_mode():
         raw = policy.model.sample(policy.observe([observation()]), torch.tensor(NOISE)[None], 4)
     stats = load_statistics(ORBAX / "assets" / "toy_robot" / "norm_stats.json")["action"]
