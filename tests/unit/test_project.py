@@ -84,9 +84,11 @@ def test_wheel_holds_the_code_and_the_configuration(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if "dist-info" not in name}
     code = {f"pizero/{file.relative_to(tree / 'src')}" for file in tree.glob("src/**/*.py")}
-    yamls = {f"pizero/{file.relative_to(tree)}" for file in tree.glob("config/**/*.yaml")}
-    assert yamls
-    assert inside == code | yamls
+    kinds = ("yaml", "json")
+    found = [file for kind in kinds for file in tree.glob(f"config/**/*.{kind}")]
+    data = {f"pizero/{file.relative_to(tree)}" for file in found}
+    assert {file.suffix for file in found} == {f".{kind}" for kind in kinds}
+    assert inside == code | data
 
 
 def test_importing_src_says_what_to_do():
