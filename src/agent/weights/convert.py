@@ -7,6 +7,7 @@ backwards and another forwards, tensor by tensor, in the memory of one tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -153,7 +154,7 @@ def _renamed(links: list[Link]) -> list[Link]:
         root = next((r for r in _ROOTS if spelled.startswith(r)), None)
         return spelled if root is None else _ROOTS[root] + spelled.removeprefix(root)
 
-    return [Link(x.ours, name(x.theirs), x.rule, x.at, x.rows, x.sign) for x in links]
+    return [replace(link, theirs=name(link.theirs)) for link in links]
 
 
 def _shape(group: tuple[Link, ...], ours: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from pizero.agent.config import config_dir
 from pizero.agent.weights import jax_layout, torch_layout
 from pizero.agent.weights.folder import UNREAD, WEIGHTS, own_folder, read_description
 from pizero.agent.weights.links import LeftOut, Link, Links
 from pizero.agent.weights.lora import MergedLora
+from pizero.agent.weights.nodes import language_node, override, pizero_node
 from pizero.agent.weights.safetensors_file import SafetensorsSource
 from pizero.agent.weights.source import Source, open_source
 from pizero.agent.weights.spelling import spell_all
@@ -147,30 +147,36 @@ def _torch(source: Source, overrides: dict[str, Any], kind: str | None) -> Found
             f"{eyes['width']} is not a multiple of 72; give overrides={{'vision.num_heads': ...}}"
         )
 
-    def links() -> Iterator[Link]:
-        yield Link("embedding.weight", "embed.weight")
-        yield from torch_layout.vision(node["vision"])
-        mixtures = node["joint"]["mixtures"]
-        yield from torch_layout.mixture(mixtures["vlm"], "joint.mixtures.vlm.", "vlm.")
-        if flow:
-            yield from torch_layout.mixture(mixtures["action"], "joint.mixtures.action.", "expert.")
-            reverse = node["time_embedding"]["reverse"]
-            yield from torch_layout.flow_heads(node, reverse=reverse, time_first=open_pi_zero)
+    links = Links(_torch_links(node, stored, flow=flow, open_pi_zero=open_pi_zero))
+    left_out, twins = _torch_left_out(stored, flow=flow)
+    left_out += [LeftOut(n, "statistics") for n in source.entries if n.startswith(OLD_STATISTICS)]
+    assert kind is not None
+    return Found(source, layout, kind, node, links, tuple(left_out), tuple(twins), tuple(notes))
 
-    as_stored = Links(
-        Link(
-            x.ours,
-            stored.get(x.theirs) or _as_stored(x.theirs, stored),
-            x.rule,
-            x.at,
-            x.rows,
-            x.sign,
-        )
-        for x in links()
-        if not (open_pi_zero and x.ours == "joint.mixtures.vlm.final_norm.weight")
-    )
-    left_out = [LeftOut(n, "statistics") for n in source.entries if n.startswith(OLD_STATISTICS)]
-    twins = []
+
+def _torch_links(
+    node: Mapping[str, Any], stored: Mapping[str, str], *, flow: bool, open_pi_zero: bool
+) -> Iterator[Link]:
+    """Links to the names that are stored."""
+    mixtures = node["joint"]["mixtures"]
+    spelled = [Link("embedding.weight", "embed.weight"), *torch_layout.vision(node["vision"])]
+    spelled += torch_layout.mixture(mixtures["vlm"], "joint.mixtures.vlm.", "vlm.")
+    if flow:
+        reverse = node["time_embedding"]["reverse"]
+        spelled += torch_layout.mixture(mixtures["action"], "joint.mixtures.action.", "expert.")
+        spelled += torch_layout.flow_heads(node, reverse=reverse, time_first=open_pi_zero)
+    for link in spelled:
+        if open_pi_zero and link.ours == "joint.mixtures.vlm.final_norm.weight":
+            continue  # its language model was built without one
+        theirs = stored.get(link.theirs) or _as_stored(link.theirs, stored)
+        yield replace(link, theirs=theirs)
+
+
+def _torch_left_out(
+    stored: Mapping[str, str], *, flow: bool
+) -> tuple[list[LeftOut], list[tuple[str, str]]]:
+    """Tensors that no policy reads, and pairs that must hold the same numbers."""
+    left_out, twins = [], []
     for spelled, theirs in stored.items():
         if spelled == "expert.head.weight":
             left_out.append(LeftOut(theirs, "the action expert's word head: read by nothing"))
@@ -182,8 +188,7 @@ def _torch(source: Source, overrides: dict[str, Any], kind: str | None) -> Found
         elif spelled.startswith("tied.") and (twin := f"expert.{spelled[5:]}") in stored:
             left_out.append(LeftOut(theirs, "state and action share one expert, listed twice"))
             twins.append((stored[twin], theirs))
-    assert kind is not None
-    return Found(source, layout, kind, node, as_stored, tuple(left_out), tuple(twins), tuple(notes))
+    return left_out, twins
 
 
 def _jax(source: Source, overrides: dict[str, Any], kind: str | None) -> Found:
@@ -221,93 +226,6 @@ def _jax(source: Source, overrides: dict[str, Any], kind: str | None) -> Found:
             yield from jax_layout.flow_heads(node)
 
     return Found(source, "openpi_jax", kind, node, Links(links()), (), (), tuple(notes))
-
-
-def pizero_node(
-    compat: str,
-    vision: Mapping[str, Any],
-    vlm: Mapping[str, Any],
-    action: Mapping[str, Any],
-    vocab_size: int,
-    *,
-    horizon: int,
-    action_dim: int,
-    state_dim: int | None,
-) -> dict[str, Any]:
-    """The Hydra node of a flow policy of these sizes, with the conventions of `compat`."""
-    tail = {"vlm": True, "action": False}  # nobody reads the language model's last layer
-    conventions = OmegaConf.load(config_dir() / "compat" / f"{compat}.yaml")
-    sizes = {
-        "_target_": "pizero.model.PiZero",
-        "vision": {"_target_": "pizero.model.SigLIP", **vision},
-        "joint": {
-            "_target_": "pizero.model.JointModel",
-            "mixtures": {
-                name: {
-                    "_target_": "pizero.model.Mixture",
-                    **mixture,
-                    "rope_base": 10_000.0,
-                    "kv_only_tail": tail[name],
-                }
-                for name, mixture in (("vlm", vlm), ("action", action))
-            },
-        },
-        "vocab_size": vocab_size,
-        "horizon": horizon,
-        "action_dim": action_dim,
-        "state_dim": state_dim,
-        "streams": {},
-        "stop_grad": [],
-    }
-    node = OmegaConf.to_container(OmegaConf.merge(sizes, conventions))
-    assert isinstance(node, dict)
-    return {str(key): value for key, value in node.items()}
-
-
-def language_node(
-    kind: str, vision: Mapping[str, Any], vlm: Mapping[str, Any], vocab_size: int
-) -> dict[str, Any]:
-    """The Hydra node of a PaliGemma of these sizes that speaks words or actions."""
-    if kind not in ("paligemma", "pi0_fast"):
-        raise ValueError(
-            f"these weights hold no action expert: expected kind 'paligemma' or 'pi0_fast', got "
-            f"{kind!r}"
-        )
-    files = ["paligemma"] + ["pi0_fast"] * (kind == "pi0_fast")
-    layers = [OmegaConf.load(config_dir() / "model" / f"{name}.yaml") for name in files]
-    sizes = {
-        "vision": {"_target_": "pizero.model.SigLIP", **vision},
-        "joint": {
-            "_target_": "pizero.model.JointModel",
-            "mixtures": {"vlm": {"_target_": "pizero.model.Mixture", **vlm, "rope_base": 10_000.0}},
-        },
-    }
-    node = OmegaConf.to_container(OmegaConf.merge(*layers, sizes, {"vocab_size": vocab_size}))
-    assert isinstance(node, dict)
-    return {str(key): value for key, value in node.items() if key != "defaults"}
-
-
-def override(node: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Set dotted keys of a node. Raises ValueError, with the nearest name, for one it lacks."""
-    for dotted, value in values.items():
-        *path, last = dotted.split(".")
-        inner: Any = node
-        for part in path:
-            inner = inner.get(part) if isinstance(inner, dict) else None
-        if not isinstance(inner, dict) or last not in inner:
-            known = list(_dotted(node))
-            near = get_close_matches(dotted, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {known}"
-            raise ValueError(f"the model has no {dotted!r} to override{hint}")
-        inner[last] = value
-
-
-def _dotted(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{key}.")
-        elif key != "_target_":
-            yield f"{prefix}{key}"
 
 
 def _config_beside(path: Path) -> dict[str, Any]:
