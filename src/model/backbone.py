@@ -77,12 +77,16 @@ class Backbone(nn.Module):
         return self
 
     def _embed_images(self, images: Tensor) -> Float[Tensor, "b s width"]:
-        if images.dtype == torch.uint8:
-            images = images.float() / 127.5 - 1
+        images = floats_of(images)
         b, n = images.shape[:2]
         x = self.vision(rearrange(images, "b n c h w -> (b n) c h w"))
         x = self.projector(x.to(self.projector.weight.dtype)) * self.image_scale
         return rearrange(x, "(b n) s d -> b (n s) d", b=b, n=n)
+
+
+def floats_of(images: Tensor) -> Tensor:
+    """uint8 levels as floats in [-1, 1]; floats as they are."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
 def join_valid(

@@ -4,6 +4,8 @@ commit that made them), all of them, by the tool that users have.
 
 from __future__ import annotations
 
+import json
+import re
 import runpy
 import shutil
 import sys
@@ -90,6 +92,70 @@ def test_the_script_exits_1_for_what_is_no_case(tmp_path, monkeypatch, capsys):
     code, out = run(tmp_path, FIXTURES / "openpi_pi05", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 1
     assert "is no parity case" in out.replace("\n", "")
+
+
+# What its copy here leaves out: the largest arrays, and those of a fact that is not compared.
+LEFT_OUT = ("resize.180x320.", "resize.480x640.", "resize.200x120.jax", "resize.200x120.torch",
+            "time_embedding.jax_1024", "time_embedding.torch_1024")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["openpi_transforms", "open_pi_zero_transforms"])
+def test_every_stored_transform(name):
+    report = check_case(FIXTURES / name)
+    (section,) = report.sections
+    assert section.failed == []
+    assert section.unknown == []
+    facts = set(report.case.facts["facts"])
+    compared = {re.split(r"[.: ,]", row.name)[0] for row in section.rows}
+    renamed = {"resize": "resize_with_pad", "delta": "delta_actions"}
+    assert facts - {renamed.get(name, name) for name in compared} <= {"msgpack", "color_jitter"}
+    assert not any(row.rule.assumed for row in section.rows)
+    absent = [line for line in section.left_out if "arrays.safetensors" in line]
+    for array in ", ".join(absent).split(" (not in")[0].split(", ") if absent else []:
+        assert array.startswith(LEFT_OUT)
+    assert report.ok
+
+
+def test_one_wrong_transform_fails_and_absent_arrays_are_said(tmp_path, monkeypatch, capsys):
+    wrong = tmp_path / "wrong"
+    shutil.copytree(FIXTURES / "openpi_transforms", wrong)
+    (wrong / "arrays.safetensors").unlink()
+    tree = json.loads((wrong / "case.json").read_text())
+    tree["facts"]["digitize"]["out"][3] += 1
+    tree["facts"]["prompt"]["cases"][1]["encode_calls"][0]["text"] += " "
+    del tree["facts"]["parse_image"]["from"]
+    tree["facts"]["telepathy"] = {}
+    (wrong / "case.json").write_text(json.dumps(tree))
+    code, out = run(wrong, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1
+    failing = [line.split()[1] for line in out.splitlines() if "FAILS" in line]
+    assert failing == ["digitize", "prompt.1", "parse_image"]
+    assert "no such thing here: telepathy" in out
+    assert re.search(r"normalize\.same_width.*\(not in arrays\.safetensors\)", out)
+
+
+@pytest.mark.parametrize(
+    ("fact", "wrong"),
+    [
+        ("proprio", ("cases", 7, "proprio_normalized", 3)),
+        ("actions", ("cases", 0, "env_actions", 2, 1)),
+        ("sticky_gripper_fractal", ("out", 9)),
+        ("statistics", ("fractal", "proprio", "p99", 7)),
+        ("time_embedding", ("cases", 2, "values", 8, 31)),
+        ("time_distribution", ("beta", "analytic", "quantiles", "0.25")),
+        ("image", ("out", 2)),
+    ],
+)
+def test_each_fact_can_fail(tmp_path, fact, wrong):
+    tree = json.loads((FIXTURES / "open_pi_zero_transforms" / "case.json").read_text())
+    place = tree["facts"][fact]
+    for key in wrong[:-1]:
+        place = place[key]
+    place[wrong[-1]] += 0.004
+    (tmp_path / "case.json").write_text(json.dumps(tree))
+    (section,) = check_case(tmp_path).sections
+    failed = {row.name.split(".")[0].split(",")[0] for row in section.failed}
+    assert fact in failed
 
 
 def test_rounding_where_openpi_rounds_comes_nearer_to_its_bfloat16():

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -25,8 +25,10 @@ from pizero.agent.parity.case import DTYPES, FAST, Case, read_case
 from pizero.agent.parity.fast import FastAnswers
 from pizero.agent.parity.flow import Answer, FlowAnswers
 from pizero.agent.parity.gradients import Gradients, gradients_of, joined_twins
+from pizero.agent.parity.report import CaseReport, Row, Section, words
 from pizero.agent.parity.rounding import rounded_as_openpi
 from pizero.agent.parity.rules import Rule, Verdict, compare, rule_for
+from pizero.agent.parity.transforms import check_transforms, is_transforms
 from pizero.agent.weights import Found, Loaded, inspect, load_model
 from pizero.types import Tensor
 
@@ -41,47 +43,13 @@ class Answers(Protocol):
     def loss(self) -> Tensor: ...
 
 
-@dataclass(frozen=True)
-class Row:
-    """One compared tensor."""
-
-    name: str
-    shape: tuple[int, ...]
-    rule: Rule
-    verdict: Verdict
-
-
-@dataclass
-class Section:
-    """What came of one set of weights."""
-
-    source: Path
-    rows: list[Row] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-    error: str | None = None
-    layout: str = ""
-
-    @property
-    def failed(self) -> list[Row]:
-        return [row for row in self.rows if not row.verdict.ok]
-
-    @property
-    def ok(self) -> bool:
-        return self.error is None and bool(self.rows) and not self.failed
-
-
-@dataclass(frozen=True)
-class CaseReport:
-    case: Case
-    sections: tuple[Section, ...]
-
-    @property
-    def ok(self) -> bool:
-        return all(section.ok for section in self.sections)
-
-
 def check_case(folder: str | Path) -> CaseReport:
-    """Check every set of weights of a case. Raises ValueError where the folder is no case."""
+    """Check every set of weights of a case, or, of one without weights, its transforms.
+
+    Raises ValueError where the folder is no case.
+    """
+    if is_transforms(folder):
+        return check_transforms(folder)
     case = read_case(folder)
     return CaseReport(case, tuple(check_source(case, path) for path in case.sources))
 
@@ -93,7 +61,7 @@ def check_source(case: Case, path: Path) -> Section:
         run = _Run(case, path)
         section.layout = run.loaded(case.dtype).found.layout
     except Exception as error:
-        section.error = f"cannot be loaded: {_words(error)}"
+        section.error = f"cannot be loaded: {words(error)}"
         return section
     compared = (*_outputs(case, run, section.unknown), *_gradients(case, run, section.unknown))
     for name, stored, ask in compared:
@@ -102,7 +70,7 @@ def check_source(case: Case, path: Path) -> Section:
             rule = rule_for(name, stored, case.facts.get("tolerance_rows", []))
             verdict = ask(rule)
         except Exception as error:
-            verdict = Verdict(False, float("nan"), float("nan"), _words(error))
+            verdict = Verdict(False, float("nan"), float("nan"), words(error))
         section.rows.append(Row(name, tuple(stored.shape), rule, verdict))
     return section
 
@@ -271,7 +239,3 @@ class _Inside:
     def loss(self) -> Tensor:
         with self.context():
             return self.answers.loss()
-
-
-def _words(error: Exception) -> str:
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pizero.agent.parity.check import CaseReport, Section
+from pizero.agent.parity.report import CaseReport, Section
 
 
 def show(report: CaseReport, console: Console, *, failing_only: bool = False) -> None:
@@ -46,6 +46,8 @@ def _parts(report: CaseReport, section: Section, failing_only: bool) -> Iterator
         return
     if section.unknown:
         yield Text(f"not compared, no such thing here: {', '.join(section.unknown)}")
+    for line in section.left_out:
+        yield Text(f"not compared: {line}")
     compared, failed = len(section.rows), len(section.failed)
     within = f"{compared - failed} of {compared} tensors within tolerance"
     if again := sum(row.verdict.ok and bool(row.verdict.note) for row in section.rows):
