@@ -72,21 +72,6 @@ def pipeline_of(assets):
 # -- openpi ---------------------------------------------------------------------------------------
 
 
-def test_aloha_state_and_training_actions():
-    robot = robot_of("aloha")
-    state = robot.encode_state(robot.data_state(ARRAYS["aloha.state"], live=True))
-    np.testing.assert_allclose(state, ARRAYS["aloha.state_pi"], rtol=0, atol=1e-12)
-    actions = robot.encode_actions(ARRAYS["aloha.actions"])
-    np.testing.assert_allclose(actions, ARRAYS["aloha.actions_pi"], rtol=0, atol=1e-12)
-
-
-def test_aloha_outputs_undo_the_training_direction():
-    robot = robot_of("aloha")
-    actions = robot.decode_actions(ARRAYS["aloha.actions_pi"], live=True)
-    np.testing.assert_allclose(actions, ARRAYS["aloha.outputs"], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(actions, ARRAYS["aloha.actions"], rtol=0, atol=1e-12)
-
-
 def test_aloha_through_the_pipeline_with_relative_actions(pipeline_of):
     """Deltas are taken of converted actions to the converted state, as openpi orders its steps."""
     pipeline = pipeline_of(robot_of("aloha"))
@@ -124,27 +109,6 @@ def test_aloha_cameras(pipeline_of):
         pipeline.observation(images=both, text="x", state=np.zeros(14))
 
 
-@pytest.mark.parametrize("family", ["pi0", "pi0_fast", "pi05"])
-def test_droid_and_libero_absent_cameras(pipeline_of, family):
-    for name, field, seen in (
-        ("droid", "image_mask", OPENPI["droid"][family]["image_mask"]),
-        ("libero", None, OPENPI["libero"][family]),
-    ):
-        robot = robot_of(name)
-        if name == "droid" and family == "pi0_fast":  # its cameras have other names
-            base, wrist, _ = robot.cameras.values()
-            renamed = {"base_0_rgb": base, "base_1_rgb": None, "wrist_0_rgb": wrist}
-            robot = robot_of(name, cameras=renamed)
-        black = list(robot.cameras) if family == "pi0_fast" else []
-        pipeline = pipeline_of(robot, black_cameras=black)
-        images = {robots[0]: PICTURE + 7 for robots in robot.cameras.values() if robots}
-        state = np.full(pipeline.robot_state_dim, 0.5)
-        encoded = pipeline.observation(images=images, text="x", state=state)
-        assert dict(zip(pipeline.cameras, encoded["image_mask"].tolist(), strict=True)) == seen
-        zero = [s for s, v in zip(pipeline.cameras, encoded["images"], strict=True) if not v.any()]
-        assert zero == (OPENPI[name][family]["zero_image"] if field else ["right_wrist_0_rgb"])
-
-
 def test_droid_state_is_joined_and_the_gripper_may_be_a_number():
     robot = robot_of("droid")
     expected = OPENPI["droid"]["pi0"]["state"]
@@ -159,12 +123,6 @@ def test_droid_state_is_joined_and_the_gripper_may_be_a_number():
         robot.data_state(parts | {"joint_position": np.zeros(6)}, live=True)
     with pytest.raises(ValueError, match=r"state of 8 entries .*got shape \[7\]"):
         robot.data_state(np.zeros(7), live=True)
-
-
-def test_widths_of_openpis_robots(pipeline_of):
-    for name, width in OPENPI["output_widths"].items():
-        pipeline = pipeline_of(robot_of(name), delta_mask=[])
-        assert pipeline.decode_actions(np.zeros((3, 32))).shape == (3, width)
 
 
 def test_libero_simulator_is_upside_down_and_speaks_quaternions():
@@ -192,13 +150,10 @@ def test_simulators_state(pipeline_of, case):
     robot = robot_of(SIMULATED[case["robot"]])
     live = np.array(case["eef_pos_xyz_quat_wxyz_gripper_open"])
     raw = robot.data_state({"eef_pos": live}, live=True)
-    np.testing.assert_allclose(raw, case["proprio_raw"], rtol=0, atol=1e-9)
     pipeline = pipeline_of(robot)
     encoded = pipeline.observation(images={"primary": PICTURE}, text="x", state=live)
     got = encoded["state"][0, : len(raw)]
     np.testing.assert_allclose(got, case["proprio_normalized"], rtol=0, atol=1e-7)  # float32
-    exact = pipeline._normalizers["state"].normalize(raw)
-    np.testing.assert_allclose(exact, case["proprio_normalized"], rtol=0, atol=1e-9)
     with pytest.raises(ValueError, match=r"a state of 7|a state of 8") as error:
         pipeline.observation(images={"primary": PICTURE}, text="x", state=live[:5], live=False)
     assert "got shape [5]" in str(error.value)
@@ -213,12 +168,8 @@ def test_simulators_actions(pipeline_of, case):
     output = robot.output_stage()
     assert output is not None
     np.testing.assert_allclose(output(actions), case["env_actions"], rtol=0, atol=1e-7)
-    values = pipeline._normalizers["action"].denormalize(np.array(case["model_actions"]))
-    exact = output(robot.decode_actions(values, live=True)[:0])  # nothing executed, nothing held
-    assert exact.shape == (0, 7)
     output.reset()
-    exact = output(robot.decode_actions(values, live=True))
-    np.testing.assert_allclose(exact, case["env_actions"], rtol=0, atol=1e-9)
+    assert output(actions[:0]).shape == (0, 7)  # nothing executed, nothing held
 
 
 def test_gripper_sticks_as_published():
@@ -244,16 +195,7 @@ def test_each_episode_has_a_gripper_of_its_own():
     assert robot_of("droid").output_stage() is None
 
 
-def test_gaussian_normalisation_of_bridge(pipeline_of):
-    """z-scores divide by std + 1e-8; at the edge 0.5 the gripper closes."""
-    case = ZERO["gaussian"]
-    node = {"kind": "z_score", "epsilon": 1e-8, "min_scale": 0.0}
-    pipeline = pipeline_of(robot_of("widowx"), normalization={"state": node, "action": node})
-    normalizer = pipeline._normalizers["action"]
-    values = np.array(case["in"])
-    np.testing.assert_allclose(normalizer.normalize(values), case["normalized"], rtol=1e-12)
-    back = normalizer.denormalize(values)
-    np.testing.assert_allclose(back, case["denormalized"], rtol=0, atol=1e-12)
+def test_at_its_threshold_the_gripper_closes():
     assert GripperThreshold(dim=0)(np.array([[0.5], [0.51]])).tolist() == [[-1], [1]]
 
 
