@@ -1,7 +1,7 @@
 """Compare ours with another implementation's numbers: python scripts/check_parity.py CASE_DIR ...
 
-A case is a folder with weights, inputs and expected outputs; docs/parity.md says how to write one.
-Exits 0 only if every tensor of every case is within its tolerance.
+A case is a folder with weights, inputs and expected outputs (docs/parity.md says how to write one),
+or with transforms alone. Exits 0 only if every tensor of every case is within its tolerance.
 """
 
 import argparse
