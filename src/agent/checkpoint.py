@@ -3,7 +3,7 @@
     <run>/checkpoints/step_00001234/
         model.safetensors  the weights to use: the average, or without one the trained weights
         config.yaml        the run's resolved configuration, with `model` and `pipeline`
-        stats.json  tokenizer.model  metadata.json
+        stats.json  tokenizer.model  metadata.json, and pi0-FAST's files of action tokens
         training/          what only a resumed run needs: trained weights, optimizer state
     <run>/checkpoints/latest -> step_00001234
 

@@ -83,6 +83,15 @@ class TokenizerConfig:
 
 
 @dataclass
+class ActionTokenizerConfig:
+    """The FAST tokenizer that is fitted when a pipeline with the prompt `fast` names none."""
+
+    vocab_size: int
+    scale: float
+    chunks: int
+
+
+@dataclass
 class ValidateConfig:
     """Held-out episodes: how often, how many frames, and what counts as accurate."""
 
@@ -90,6 +99,7 @@ class ValidateConfig:
     frames: int
     batch_size: int
     euler_steps: int
+    answers: int  # frames whose actions pi0-FAST spells, which is slow
     thresholds: list[float]
 
 
@@ -114,6 +124,7 @@ class TrainConfig:
     pipeline: Any
     data: DataConfig
     tokenizer: TokenizerConfig
+    action_tokenizer: ActionTokenizerConfig
     steps: int
     batch_size: int
     micro_batch_size: int | None

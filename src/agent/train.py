@@ -4,8 +4,8 @@
 
 Everything random about a step follows from (seed, numbers of its samples), and everything else is
 in the checkpoint: a run that was killed and started again ends in the same weights, bit for bit, as
-one that was not. The loss is a mean over the entries of the global batch that are not padding,
-however the batch is split into ranks and passes.
+one that was not. The loss is a mean over the entries of the global batch that count, however the
+batch is split into ranks and passes; what an entry is depends on the policy (training/losses.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pizero.agent.report import write_report
 from pizero.agent.training import prepare, resume
 from pizero.agent.training.distributed import Ranks, StopSignals, join
 from pizero.agent.training.ema import WeightAverage
-from pizero.agent.training.noise import flow_draws
+from pizero.agent.training.losses import loss_of
 from pizero.agent.training.optim import freeze, make_optimizer, set_rate
 from pizero.agent.training.progress import Journal, duration
 from pizero.agent.training.validate import validate
@@ -36,7 +36,7 @@ from pizero.agent.weights import inspect, load_into
 from pizero.agent.weights.folder import read_description
 from pizero.data.hashing import mix_bits
 from pizero.data.loader import TrainLoader, ValLoader
-from pizero.model import PiZero
+from pizero.model import PiZero, PiZeroFast
 from pizero.types import Batch, Tensor
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class Trainer:
         self.pipeline = checkpoint.build_pipeline(config.pipeline, self.folder)
         self.data = {"train": prepare.describe(data), "val": prepare.describe(held_out)}
         self.model = self._make_model()
+        self.loss = loss_of(self.model, self.pipeline, config)
         self.average = None
         if config.ema_decay is not None:
             self.average = WeightAverage(self.model, decay=config.ema_decay)
@@ -152,16 +153,16 @@ class Trainer:
         config, ranks = self.config, self.ranks
         # Layers that draw at random (dropout of an adapter) draw the same after a restart.
         torch.manual_seed(int(mix_bits(config.seed, step, ranks.rank)) >> 1)
-        entries = torch.stack([b.action_mask.sum() for b in batches]).sum().double()
-        entries = ranks.sum(entries.to(ranks.device)) * config.flow_samples
+        entries = torch.stack([self.loss.entries(b) for b in batches]).sum().double()
+        entries = ranks.sum(entries.to(ranks.device))
         part = torch.zeros((), device=ranks.device)
         for i, batch in enumerate(batches):
-            noise, times = self._draws(batch)
-            batch = batch.to(ranks.device)
+            inputs = self.loss.inputs(batch, ranks.device)
+            counted = self.loss.counted(batch).to(ranks.device, non_blocking=True)
             with self._gradients_meet(i == len(batches) - 1):
                 with self.autocast():
-                    losses = self.parallel(batch.observation, batch.actions, noise, times)
-                losses = losses.masked_fill(~batch.action_mask[:, None], 0.0)
+                    losses = self.parallel(*inputs)
+                losses = losses.masked_fill(~counted, 0.0)
                 loss = losses.sum(dtype=torch.float32) / entries.float()
                 # DistributedDataParallel takes the mean over ranks; this loss wants their sum.
                 (loss * ranks.world_size).backward()
@@ -182,21 +183,6 @@ class Trainer:
         if wanted is Precision.bf16 or (wanted is Precision.auto and on_gpu):
             return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16)
         return nullcontext()
-
-    def _draws(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        noise, times = flow_draws(
-            batch.sample,
-            seed=self.config.seed,
-            flow_samples=self.config.flow_samples,
-            horizon=self.model.horizon,
-            action_dim=self.model.action_dim,
-            time_sampler=self.model.time_sampler,
-        )
-        if self.ranks.device.type == "cuda":
-            # From pinned memory the copy does not wait for the device to finish the last step.
-            noise, times = noise.pin_memory(), times.pin_memory()
-        device = self.ranks.device
-        return noise.to(device, non_blocking=True), times.to(device, non_blocking=True)
 
     @contextmanager
     def _gradients_meet(self, now: bool) -> Iterator[None]:
@@ -224,13 +210,13 @@ class Trainer:
             raise ValueError(mistake)
         return previous
 
-    def _make_model(self) -> PiZero:
+    def _make_model(self) -> PiZero | PiZeroFast:
         config = self.config
         torch.manual_seed(config.seed)
         model = build(config.model, path="model")
-        if self.pipeline.tokenizer.vocab_size > config.model["vocab_size"]:
+        if self.pipeline.vocab_size > config.model["vocab_size"]:
             raise ValueError(
-                f"the tokenizer has {self.pipeline.tokenizer.vocab_size} pieces, but "
+                f"the tokenizer has {self.pipeline.vocab_size} pieces, but "
                 f"model.vocab_size is {config.model['vocab_size']}; make it at least as large"
             )
         if config.init_from is not None:
@@ -284,12 +270,10 @@ class Trainer:
         with nullcontext() if self.average is None else self.average.applied():
             metrics, examples = validate(
                 self.model,
+                self.loss,
                 self.pipeline,
                 self.val_loader,
                 ranks=self.ranks,
-                seed=self.config.seed,
-                flow_samples=self.config.flow_samples,
-                euler_steps=self.config.validate.euler_steps,
                 thresholds=self.config.validate.thresholds,
                 autocast=self.autocast,
             )

@@ -127,8 +127,11 @@ class RldsDataset:
         """The instruction of each chosen episode, taken at its first step."""
         return self._first_texts(self.episodes)
 
-    def read(self, i: int) -> Sample:
-        """The sample of frame `i`; negative numbers count from the end."""
+    def read(self, i: int, *, images: bool = True) -> Sample:
+        """The sample of frame `i`; negative numbers count from the end.
+
+        `images` False leaves the pictures out, which take almost all of the time.
+        """
         if not -len(self) <= i < len(self):
             raise IndexError(f"frame {i} of a dataset with {len(self)} frames")
         i = i % len(self)
@@ -138,9 +141,10 @@ class RldsDataset:
         start = int(self._starts[episode])
         past = start + np.maximum(np.arange(step - self.frames + 1, step + 1), 0)
         ahead = np.arange(step, step + self.horizon)
-        images = {name: self._image(key, episode, past) for name, key in self.cameras.items()}
+        cameras = self.cameras if images else {}
+        views = {name: self._image(key, episode, past) for name, key in cameras.items()}
         return {
-            "images": {name: image for name, image in images.items() if image is not None},
+            "images": {name: view for name, view in views.items() if view is not None},
             "state": self._values(self._state_keys, past),
             "actions": self._values(self._action_keys, start + np.minimum(ahead, length - 1)),
             "action_is_pad": ahead >= length,

@@ -8,7 +8,7 @@ Action tokens take the place of words at the end of the model's vocabulary, befo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -44,6 +44,7 @@ class FastPrompt:
         self._opening = tokenizer.encode(OPENING)
         self._closing = tokenizer.encode(CLOSING)
         size = tokenizer.vocab_size if vocab_size is None else vocab_size
+        self.vocab_size = size
         self._top = size - 1 - skip
         lowest = self._top - actions.vocab_size + 1
         framing = [i for i in (*self._opening, *self._closing, EOS) if lowest <= i <= self._top]
@@ -57,9 +58,8 @@ class FastPrompt:
 
     def question(self, text: str, state: np.ndarray) -> list[int]:
         """Token ids of an instruction and the normalised, unpadded state [d]."""
-        text = text.lower().strip().replace("_", " ")
         bins = " ".join(map(str, state_bins(state).tolist()))
-        return [BOS, *self.tokenizer.encode(f"Task: {text}, State: {bins};\n")]
+        return [BOS, *self.tokenizer.encode(f"Task: {_tidy(text)}, State: {bins};\n")]
 
     def answer(self, actions: np.ndarray) -> list[int]:
         """Token ids of normalised actions [horizon action_dim]."""
@@ -103,6 +103,16 @@ def mark(question: Sequence[int] | np.ndarray, answer: Sequence[int]) -> dict[st
     answered = np.arange(len(question) + len(answer)) >= len(question)
     tokens = np.array([*question, *answer], np.int64)
     return {"tokens": tokens, CAUSAL: answered, LOSS: answered.copy()}
+
+
+def sentences(texts: Iterable[str]) -> list[str]:
+    """What a tokenizer of one's own has to spell: these instructions as questions, and answers."""
+    questions = [f"Task: {_tidy(text)}, State: 0 1 2 3 4 5 6 7 8 9;" for text in texts]
+    return [*questions, f"{OPENING}{CLOSING}"]
+
+
+def _tidy(text: str) -> str:
+    return text.lower().strip().replace("_", " ")
 
 
 def _find(part: Sequence[int], whole: Sequence[int]) -> int | None:

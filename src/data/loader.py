@@ -222,6 +222,8 @@ def _to_tensors(batch: Batch) -> dict[str, Tensor]:
         "tokens": observation.tokens,
         "token_mask": observation.token_mask,
         "state": observation.state,
+        "token_causal": observation.token_causal,
+        "token_loss": observation.token_loss,
         "actions": batch.actions,
         "action_mask": batch.action_mask,
         "sample": batch.sample,
@@ -236,6 +238,8 @@ def _to_batch(tensors: dict[str, Tensor]) -> Batch:
         image_mask=tensors.get("image_mask"),
         token_mask=tensors.get("token_mask"),
         state=tensors.get("state"),
+        token_causal=tensors.get("token_causal"),
+        token_loss=tensors.get("token_loss"),
     )
     return Batch(
         observation=observation,

@@ -156,6 +156,11 @@ class PolicyPipeline:
         self._warned = False
 
     @property
+    def vocab_size(self) -> int:
+        """How many tokens a model has to embed, those of actions included."""
+        return max(self.tokenizer.vocab_size, 0 if self.fast is None else self.fast.vocab_size)
+
+    @property
     def robot_action_dim(self) -> int:
         """Dimensions of an action in robot units."""
         return self._normalizers["action"].size
@@ -172,6 +177,25 @@ class PolicyPipeline:
         encoded = self.observation(
             images=sample["images"], text=sample["text"], state=sample.get("state"), live=False
         )
+        normalized = self.encode_actions(sample)
+        counts = np.ones((self.horizon, self.action_dim), bool)
+        if not self.learn_past_end:
+            counts &= ~np.asarray(sample["action_is_pad"], bool)[:, None]
+        if not self.learn_padding:
+            counts[:, self.robot_action_dim :] = False
+        encoded["actions"] = _pad_last(normalized, self.action_dim)
+        encoded["action_mask"] = counts
+        if self.fast is not None:
+            question, answer = encoded["tokens"], self.fast.answer(normalized)
+            for name, values in mark(question, answer).items():
+                encoded[name] = self._fit(values, sample["text"])
+        return encoded
+
+    def encode_actions(self, sample: Mapping[str, Any]) -> np.ndarray:
+        """A sample's actions as they are learnt, not padded: [horizon robot_action_dim].
+
+        The sample needs no images.
+        """
         actions = np.asarray(sample["actions"], np.float64)
         if actions.shape != (self.horizon, self.robot_action_dim):
             raise ValueError(
@@ -183,19 +207,7 @@ class PolicyPipeline:
         if self.delta_mask is not None:
             state = self._policy_state(sample["state"], live=False)
             actions = subtract_state(actions, self._frames(state)[-1], self.delta_mask)
-        counts = np.ones((self.horizon, self.action_dim), bool)
-        if not self.learn_past_end:
-            counts &= ~np.asarray(sample["action_is_pad"], bool)[:, None]
-        if not self.learn_padding:
-            counts[:, self.robot_action_dim :] = False
-        normalized = self._normalizers["action"].normalize(actions)
-        encoded["actions"] = _pad_last(normalized, self.action_dim)
-        encoded["action_mask"] = counts
-        if self.fast is not None:
-            question, answer = encoded["tokens"], self.fast.answer(normalized)
-            for name, values in mark(question, answer).items():
-                encoded[name] = self._fit(values, sample["text"])
-        return encoded
+        return self._normalizers["action"].normalize(actions)
 
     def observation(
         self,

@@ -69,6 +69,18 @@ class PiZeroFast(PaliGemma):
         """Logits of text tokens 1, 2, ... given those before; the last one is never fed."""
         return super().forward(_without_last(observation))
 
+    def question(self, observation: Observation) -> Observation:
+        """What is to be answered, of an observation that holds the answer too."""
+        if observation.token_causal is None:
+            return observation
+        asked = ~observation.token_causal
+        if observation.token_mask is not None:
+            asked = asked & observation.token_mask
+        tokens = observation.tokens.masked_fill(~asked, 0)
+        return replace(
+            observation, tokens=tokens, token_mask=asked, token_causal=None, token_loss=None
+        )
+
     def decode(
         self,
         observation: Observation,

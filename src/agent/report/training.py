@@ -30,7 +30,7 @@ def training_section(metrics: Sequence[Mapping[str, Any]]) -> str:
         ]
     if held_out := _series(val, "loss"):
         lines.append(Line("held-out episodes", *held_out, "b bold"))
-    charts.append(line_chart(lines, title="Flow-matching loss", x_label="step", log_y=True))
+    charts.append(line_chart(lines, title="Loss", x_label="step", log_y=True))
 
     for title, members in _groups(val):
         drawn = [
@@ -114,10 +114,12 @@ def _groups(val: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, str]]
     names = [n for n in _names(val) if n != "loss"]
     shares = {n: n.removeprefix("accuracy_") for n in names if n.startswith("accuracy_")}
     error = {n: "" for n in names if n == "action_l1"}
+    unread = {n: "" for n in names if n == "undecodable"}
     robot = {n: n.removeprefix("robot_l1/") for n in names if n.startswith("robot_l1/")}
     groups = [
         ("Error on held-out episodes, normalised (L1)", error),
         ("Share of held-out actions within ... of the expert", shares),
+        ("Share of answers that spell no actions", unread),
         ("Error on held-out episodes by action dimension, robot units", robot),
     ]
     return [(title, members) for title, members in groups if members]

@@ -62,7 +62,8 @@ class Journal:
         """Record a validation and show it."""
         if self.is_main:
             self._record([row])
-            shown = [f"{k} {v:.4f}" for k, v in row.items() if k in ("loss", "action_l1")]
+            told = ("loss", "action_l1", "undecodable")
+            shown = [f"{name} {row[name]:.4f}" for name in told if name in row]
             self.say(f"step {row['step']}, held-out episodes: {', '.join(shown)}")
             if self.tracker is not None:
                 self.tracker.show(row["step"], examples)

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out frames: flow loss, action error, accuracy.
+"""How well a model predicts held-out frames: loss, action error, accuracy, answers that are none.
 
 Noise and flow times are fixed by the frames' numbers, so two validations differ by the weights
 only. Every rank takes its share of the batches; sums are reduced, so the number of ranks does not
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from pizero.agent.training.distributed import Ranks
-from pizero.agent.training.noise import flow_draws
+from pizero.agent.training.losses import Loss, Predicted
 from pizero.agent.training.tracking import Example
 from pizero.data.pipeline import PolicyPipeline
-from pizero.model import PiZero
+from pizero.model import PiZero, PiZeroFast
 from pizero.types import Batch
 
 NUM_EXAMPLES = 4
@@ -25,49 +25,49 @@ NUM_EXAMPLES = 4
 
 @torch.no_grad()
 def validate(
-    model: PiZero,
+    model: PiZero | PiZeroFast,
+    loss: Loss,
     pipeline: PolicyPipeline,
     batches: Iterable[Batch],
     *,
     ranks: Ranks,
-    seed: int,
-    flow_samples: int,
-    euler_steps: int,
     thresholds: Sequence[float],
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> tuple[dict[str, float], list[Example]]:
     """Metrics by name, and a few examples (of this rank's frames).
 
-    `loss` is the training loss. `action_l1` is the mean error of sampled chunks in normalised
+    `loss` is the training loss. `action_l1` is the mean error of predicted chunks in normalised
     units, `robot_l1/i` that of action dimension i in the robot's own. `accuracy_x` is the share of
     actions all of whose dimensions are within x, normalised. Padding counts nowhere.
+
+    `undecodable` is the share of answers that spell no chunk, where chunks are spelt. They are no
+    part of the errors, which are left out where there is no other answer, and accurate nowhere.
     """
     model.eval()
     sums = _Sums(thresholds)
     examples: list[Example] = []
+    frames = 0
     for batch in batches:
-        noise, times = flow_draws(
-            batch.sample,
-            seed=seed,
-            flow_samples=flow_samples,
-            horizon=model.horizon,
-            action_dim=model.action_dim,
-            time_sampler=model.time_sampler,
-        )
-        on_device = batch.to(ranks.device)
-        noise, times = noise.to(ranks.device), times.to(ranks.device)
+        inputs = loss.inputs(batch, ranks.device)
+        predicts = loss.num_predicted is None or frames < loss.num_predicted
+        frames += len(batch.sample) * ranks.world_size
         with autocast():
-            losses = model(on_device.observation, on_device.actions, noise, times)
-            sampled = model.sample(on_device.observation, noise[:, 0], euler_steps)
-        sums.add(batch, losses.float().cpu(), sampled.float().cpu())
-        predicted = _robot_units(pipeline, sampled)
+            losses = model(*inputs)
+            found = loss.predict(inputs) if predicts else None
+        sums.add_losses(losses.float().cpu(), loss.counted(batch))
+        if found is None:
+            continue
+        predicted = _robot_units(pipeline, found.actions)
         recorded = _robot_units(pipeline, batch.actions)
-        sums.add_robot(batch, predicted, recorded)
-        for i in range(min(len(predicted), NUM_EXAMPLES - len(examples))):
+        sums.add(batch, found, np.abs(predicted - recorded))
+        for i in found.readable.nonzero()[: NUM_EXAMPLES - len(examples), 0].tolist():
             images = batch.observation.images[i].numpy()
             examples.append(Example(images=images, predicted=predicted[i], recorded=recorded[i]))
     model.train()
-    return sums.metrics(ranks), examples
+    metrics = sums.metrics(ranks)
+    if not loss.speaks:
+        del metrics["undecodable"]
+    return metrics, examples
 
 
 class _Sums:
@@ -78,34 +78,40 @@ class _Sums:
         self.loss = torch.zeros(2, dtype=torch.float64)
         self.l1 = torch.zeros(2, dtype=torch.float64)
         self.within = torch.zeros(1 + len(thresholds), dtype=torch.float64)
+        self.unread = torch.zeros(2, dtype=torch.float64)
         self.robot: torch.Tensor | None = None
 
-    def add(self, batch: Batch, losses: torch.Tensor, sampled: torch.Tensor) -> None:
-        mask = batch.action_mask
-        counted = mask[:, None].expand_as(losses)
+    def add_losses(self, losses: torch.Tensor, counted: torch.Tensor) -> None:
+        counted = counted.expand_as(losses)
         self.loss += torch.stack([losses[counted].double().sum(), counted.sum().double()])
-        error = (sampled - batch.actions).abs().masked_fill(~mask, 0.0)
+
+    def add(self, batch: Batch, found: Predicted, robot_error: np.ndarray) -> None:
+        read = found.readable[:, None]
+        mask = batch.action_mask & read[..., None]
+        error = (found.actions - batch.actions).abs().masked_fill(~mask, 0.0)
         self.l1 += torch.stack([error.double().sum(), mask.sum().double()])
-        steps = mask.any(-1)
-        worst = error.amax(-1)[steps]
+        steps = batch.action_mask.any(-1)
+        worst = error.amax(-1).masked_fill(~read, float("inf"))[steps]
         hits = [(worst <= limit).sum() for limit in self.thresholds]
         self.within += torch.stack([steps.sum(), *hits]).double()
-
-    def add_robot(self, batch: Batch, predicted: np.ndarray, recorded: np.ndarray) -> None:
-        steps = batch.action_mask.any(-1)
-        error = torch.from_numpy(np.abs(predicted - recorded)).double()[steps].sum(0)
-        summed = torch.cat([steps.sum().double()[None], error])
+        unread = (~found.readable).sum()
+        self.unread += torch.stack([unread, torch.tensor(len(read))]).double()
+        steps = mask.any(-1)
+        summed = torch.from_numpy(robot_error).double()[steps].sum(0)
+        summed = torch.cat([steps.sum().double()[None], summed])
         self.robot = summed if self.robot is None else self.robot + summed
 
     def metrics(self, ranks: Ranks) -> dict[str, float]:
         assert self.robot is not None, "a rank without validation frames"
-        parts = [self.loss, self.l1, self.within, self.robot]
+        parts = [self.loss, self.l1, self.within, self.unread, self.robot]
         total = ranks.sum(torch.cat(parts).to(ranks.device)).cpu()
-        loss, l1, within, robot = total.split([len(p) for p in parts])
-        found = {"loss": loss[0] / loss[1], "action_l1": l1[0] / l1[1]}
+        loss, l1, within, unread, robot = total.split([len(p) for p in parts])
+        found = {"loss": loss[0] / loss[1], "undecodable": unread[0] / unread[1]}
+        if l1[1]:
+            found["action_l1"] = l1[0] / l1[1]
         for limit, hits in zip(self.thresholds, within[1:], strict=True):
             found[f"accuracy_{limit:g}"] = hits / within[0]
-        for i, error in enumerate(robot[1:]):
+        for i, error in enumerate(robot[1:] if robot[0] else []):
             found[f"robot_l1/{i}"] = error / robot[0]
         return {name: value.item() for name, value in found.items()}
 
