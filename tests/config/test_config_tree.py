@@ -138,6 +138,16 @@ def test_a_robot_is_added_to_a_pipeline_on_the_command_line() -> None:
     assert (robot.name, robot.horizon) == ("widowx", config.model["horizon"])
 
 
+def test_pi0_fast_takes_the_place_of_a_flow_policy() -> None:
+    """docs/fast.md: the same primary file, another model and a pipeline that writes answers."""
+    words = ["model=pi0_fast", "pipeline=bridge_fast", "model.decode_gap=0"]
+    config = load_config("train_bridge", [*overrides_of("train_bridge"), *words])
+    assert (config.pipeline["horizon"], config.pipeline["vocab_size"]) == (4, 257152)
+    for part in ("model", "pipeline"):
+        for path, node in iter_targets(getattr(config, part), part):
+            bind(node, path)
+
+
 def test_primary_files_are_short() -> None:
     for name in PRIMARIES:
         assert len((TREE / f"{name}.yaml").read_text().splitlines()) <= 60, name

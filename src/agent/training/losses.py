@@ -1,8 +1,8 @@
 """What a kind of policy is trained by: `loss_of` chooses once, the trainer asks no further.
 
-A loss says what the model is given besides the observation, which of its unreduced losses count and
-how many they are, so that the trainer can take the mean over a global batch however it is split. For
-validation it also says what the policy would do.
+A loss says what the model is given, which of its unreduced losses count and how many they are, so
+that the trainer can take the mean over a global batch however it is split. For validation it also
+says what the policy would do.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Loss(Protocol):
         """The arguments of the model's forward, on `device`, for a batch on the CPU."""
         ...
 
-    def counted(self, batch: Batch) -> Bool[Tensor, "..."]:
-        """Which of the model's losses count; broadcasts to them."""
+    def counted(self, batch: Batch) -> Tensor:
+        """Which of the model's losses count: bool, broadcasts to them."""
         ...
 
     def predict(self, inputs: tuple[Any, ...]) -> Predicted:
@@ -61,7 +61,8 @@ class FlowLoss:
     `samples` draws of noise and flow time of each row, which its number fixes.
     """
 
-    speaks, num_predicted = False, None
+    speaks = False
+    num_predicted: int | None = None
 
     def __init__(self, model: PiZero, *, seed: int, samples: int, euler_steps: int) -> None:
         self.model, self.seed, self.samples = model, seed, samples
@@ -104,7 +105,8 @@ class AnswerLoss:
     speaks = True
 
     def __init__(self, model: PiZeroFast, pipeline: PolicyPipeline, *, num_predicted: int) -> None:
-        self.model, self.pipeline, self.num_predicted = model, pipeline, num_predicted
+        self.model, self.pipeline = model, pipeline
+        self.num_predicted: int | None = num_predicted
 
     def entries(self, batch: Batch) -> Tensor:
         return self.counted(batch).sum()
