@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +104,16 @@ def print_result(result: dict[str, Any]) -> None:
 
 def _measure(case: str, folder: Path, size: str) -> list[dict[str, Any]]:
     format, kind, dtype, jobs = CASES[case]
-    path = full_size.write_checkpoint(
-        format,
-        folder,
-        kind=kind,
-        dtype=full_size.DTYPES[dtype],
-        sizes=SMALL if size == "small" else None,
-    )
+    # In a process of its own too: what it allocated and freed may stay with it.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        path = pool.submit(
+            full_size.write_checkpoint,
+            format,
+            folder,
+            kind=kind,
+            dtype=full_size.DTYPES[dtype],
+            sizes=SMALL if size == "small" else None,
+        ).result()
     rows = []
     try:
         disk = full_size.disk_size(path)
