@@ -33,8 +33,7 @@ CASES = {
     "openpi pi05": ("openpi", "pi05", "bf16", ("load",)),
     "lerobot pi0": ("lerobot", "pi0", "bf16", ("load", "openpi")),
     "open-pi-zero": ("open_pi_zero", "pi0", "bf16", ("load", "pizero")),
-    "orbax pi0, bf16": ("orbax", "pi0", "bf16", ("load", "openpi")),
-    "orbax pi0, fp32": ("orbax", "pi0", "fp32", ("load", "openpi")),
+    "orbax pi0": ("orbax", "pi0", "fp32", ("load", "openpi")),
 }
 SMALL = full_size.Sizes(
     vlm=full_size.Transformer(64, 2, 96),
