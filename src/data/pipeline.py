@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -44,7 +44,8 @@ class PolicyPipeline:
     image_size        (height, width) of the model's images; resize is one of images.RESIZE_KINDS,
                       None without a robot: lanczos
     tokenizer         path of a SentencePiece file
-    max_tokens        longest prompt; longer ones are cut, with a warning
+    max_tokens        longest prompt; longer ones are refused, or cut with a warning where
+                      `cut_prompts`, as published policies do
     prompt            one of tokenizer.PROMPTS, or "fast": actions are text too (fast_prompt)
     action_tokenizer  folder of the FAST tokenizer, for that prompt
     vocab_size        the model's, whose end action tokens take; None: the tokenizer's, as PaliGemma
@@ -85,6 +86,7 @@ class PolicyPipeline:
         robot_state_dim: int | None = None,
         robot_action_dim: int | None = None,
         trim_tokens: bool = False,
+        cut_prompts: bool = False,
         learn_past_end: bool = False,
         learn_padding: bool = False,
     ) -> None:
@@ -118,7 +120,7 @@ class PolicyPipeline:
         self.cameras, self.black_cameras = tuple(cameras), tuple(black_cameras)
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.resize, self.prompt, self.frames = resize, prompt, frames
-        self.max_tokens, self.trim_tokens = max_tokens, trim_tokens
+        self.max_tokens, self.trim_tokens, self.cut_prompts = max_tokens, trim_tokens, cut_prompts
         self.horizon, self.action_dim, self.state_dim = horizon, action_dim, state_dim
         self.delta_mask = tuple(delta_mask) if delta_mask else None
         self.learn_past_end, self.learn_padding = learn_past_end, learn_padding
@@ -190,6 +192,24 @@ class PolicyPipeline:
             for name, values in mark(question, answer).items():
                 encoded[name] = self._fit(values, sample["text"])
         return encoded
+
+    def refuse_long(self, texts: Iterable[str]) -> None:
+        """Raises ValueError if an instruction is too long and may not be cut.
+
+        Where the state is part of the prompt, one of zeros stands for it.
+        """
+        if self.cut_prompts:
+            return
+        state = np.zeros((1, self._normalizers["state"].size)) if self._needs_state else None
+        lengths = {text: len(self._spelt(text, state)) for text in texts}
+        if too_long := [text for text, length in lengths.items() if length > self.max_tokens]:
+            longest = max(too_long, key=lengths.__getitem__)
+            raise ValueError(
+                f"expected prompts of at most max_tokens={self.max_tokens} tokens, got "
+                f"{len(too_long)} longer ones among {len(lengths)} instructions, up to "
+                f"{lengths[longest]}: {_shortened(longest)!r}; give "
+                f"pipeline.max_tokens={lengths[longest]}, or +pipeline.cut_prompts=true"
+            )
 
     def encode_actions(self, sample: Mapping[str, Any]) -> np.ndarray:
         """A sample's actions as they are learnt, not padded: [horizon robot_action_dim].
@@ -380,30 +400,43 @@ class PolicyPipeline:
         return state
 
     def _prompt(self, text: str, state: np.ndarray | None) -> np.ndarray:
-        if self.fast is not None:
-            assert state is not None
-            return self._fit(np.array(self.fast.question(text, state[-1]), np.int64), text)
-        if self.prompt in WITH_STATE:
-            assert state is not None
-            present = state[-1]
-            if self.prompt == "lerobot_pi05":  # the state is padded to the width of the actions
-                present = np.pad(present, (0, self.action_dim - len(present)))
-            tokens = self.tokenizer.prompt(text, format=self.prompt, state=present)
-            return self._fit(np.array(tokens, np.int64), text)
+        if self._prompt_has_state:
+            return self._fit(self._spelt(text, state), text)
         if text not in self._tokens:
-            tokens = self.tokenizer.prompt(text, format=self.prompt)
             if len(self._tokens) >= 4096:  # a cache, not a leak
                 self._tokens.clear()
-            self._tokens[text] = self._fit(np.array(tokens, np.int64), text)
+            self._tokens[text] = self._fit(self._spelt(text, None), text)
         return self._tokens[text]
 
+    @property
+    def _prompt_has_state(self) -> bool:
+        return self.fast is not None or self.prompt in WITH_STATE
+
+    def _spelt(self, text: str, state: np.ndarray | None) -> np.ndarray:
+        """The prompt's tokens, however many; `state` is normalised, [frames S]."""
+        if not self._prompt_has_state:
+            return np.array(self.tokenizer.prompt(text, format=self.prompt), np.int64)
+        assert state is not None
+        present = state[-1]
+        if self.fast is not None:
+            return np.array(self.fast.question(text, present), np.int64)
+        if self.prompt == "lerobot_pi05":  # the state is padded to the width of the actions
+            present = np.pad(present, (0, self.action_dim - len(present)))
+        return np.array(self.tokenizer.prompt(text, format=self.prompt, state=present), np.int64)
+
     def _fit(self, tokens: np.ndarray, text: str) -> np.ndarray:
-        if len(tokens) > self.max_tokens and not self._warned:
-            self._warned = True
-            log.warning(
-                "a prompt has %d tokens and is cut to max_tokens=%d (said once): %r",
-                *(len(tokens), self.max_tokens, text),
-            )
+        if len(tokens) > self.max_tokens:
+            if not self.cut_prompts:
+                raise ValueError(
+                    f"expected a prompt of at most max_tokens={self.max_tokens} tokens, got "
+                    f"{len(tokens)}: {_shortened(text)!r}; raise max_tokens, or set cut_prompts"
+                )
+            if not self._warned:
+                self._warned = True
+                log.warning(
+                    "a prompt has %d tokens and is cut to max_tokens=%d (said once): %r",
+                    *(len(tokens), self.max_tokens, text),
+                )
         return tokens[: self.max_tokens]
 
 
@@ -414,6 +447,10 @@ def _parsed(name: str, image: np.ndarray) -> np.ndarray:
     except ValueError as error:
         raise ValueError(f"camera {name!r}: {error}") from error
     return views[None] if views.ndim == 3 else views
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _agreed(name: str, given: int | None, robots: int) -> int:

@@ -252,3 +252,9 @@ def test_tokenizer_larger_than_the_vocabulary(toy_data: Path, tmp_path: Path) ->
         ValueError, match=r"the tokenizer has .* pieces, but model.vocab_size is 300"
     ):
         TrainWorkspace(config).run()
+
+
+def test_an_instruction_that_does_not_fit(toy_data: Path, tmp_path: Path) -> None:
+    config = configure(toy_data, tmp_path, "pipeline.max_tokens=2")
+    with pytest.raises(ValueError, match=r"at most max_tokens=2 tokens, got .* longer ones among"):
+        TrainWorkspace(config).run()

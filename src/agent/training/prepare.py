@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pizero.agent.checkpoint import build_pipeline
 from pizero.agent.config import TrainConfig, build
 from pizero.agent.training.distributed import Ranks
 from pizero.agent.weights.folder import FAST_FILES, FILES
@@ -63,6 +64,7 @@ def learn_from_data(
             # A sitting that was killed before its first checkpoint may have been of pi0-FAST.
             for name in FAST_FILES:
                 (folder / name).unlink(missing_ok=True)
+        build_pipeline(config.pipeline, folder).refuse_long(sentences(data))
     ranks.barrier()
 
 

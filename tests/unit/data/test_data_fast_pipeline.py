@@ -86,7 +86,7 @@ def test_other_prompts_have_no_marks(demo, make_pipeline):
 def test_cut_answers_are_said_and_not_decodable(demo, make_fast, caplog):
     pipeline = make_fast()
     whole = pipeline.encode(demo.read(0))
-    short = make_fast(max_tokens=len(whole["tokens"]) - 4)
+    short = make_fast(max_tokens=len(whole["tokens"]) - 4, cut_prompts=True)
     encoded = short.encode(demo.read(0))
     assert "is cut to max_tokens" in caplog.text
     assert {len(encoded[k]) for k in ("tokens", "token_causal", "token_loss")} == {short.max_tokens}

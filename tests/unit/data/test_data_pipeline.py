@@ -69,8 +69,28 @@ def test_tokens_are_padded_or_trimmed(demo, make_pipeline):
     assert alone.token_mask is None
 
 
-def test_overlong_prompts_are_cut_with_one_warning(make_pipeline, caplog):
+def test_overlong_prompts_are_refused(make_pipeline):
     pipeline = make_pipeline(max_tokens=4)
+    images = {"corner": np.zeros((16, 16, 3), np.uint8)}
+    message = r"at most max_tokens=4 tokens, got \d+: 'a long instruction'; raise max_tokens"
+    with pytest.raises(ValueError, match=message):
+        pipeline.observation(images=images, text="a long instruction", state=np.zeros(4))
+
+
+@pytest.mark.parametrize("prompt", ["pi0", "pi05"])
+def test_overlong_instructions_are_found_before_training(make_pipeline, prompt):
+    texts = ["", "go", "a long instruction", "a longer instruction than that"]
+    pipeline = make_pipeline(prompt=prompt, max_tokens=400)
+    pipeline.refuse_long(texts)
+    images, state = {"corner": np.zeros((16, 16, 3), np.uint8)}, pipeline.statistics["state"].mean
+    length = len(pipeline.observation(images=images, text=texts[3], state=state)["tokens"])
+    with pytest.raises(ValueError, match=f"among 4 instructions, up to {length}: 'a longer"):
+        make_pipeline(prompt=prompt, max_tokens=length - 1).refuse_long(texts)
+    make_pipeline(prompt=prompt, max_tokens=length - 1, cut_prompts=True).refuse_long(texts)
+
+
+def test_overlong_prompts_are_cut_with_one_warning(make_pipeline, caplog):
+    pipeline = make_pipeline(max_tokens=4, cut_prompts=True)
     images = {"corner": np.zeros((16, 16, 3), np.uint8)}
     with caplog.at_level(logging.WARNING):
         for text in ("a long instruction", "and another one"):
