@@ -8,14 +8,25 @@ shows the traceback.
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import traceback
+from collections.abc import Iterable
 
 import hydra
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from pizero.agent.config import check_primary, config_dir, locate, primary_configs, typed_root
+from pizero.agent.config import (
+    check_primary,
+    compose_config,
+    config_dir,
+    locate,
+    primary_configs,
+    typed_root,
+)
 
 USAGE = """\
 usage: {program} --config-name=NAME [key=value ...]
@@ -52,6 +63,7 @@ def main() -> None:
         try:
             for name in named_configs(arguments):
                 check_primary(name)
+                check_overrides(name, arguments)
         except ValueError as error:
             sys.exit(message(error))
     sys.argv[1:] = with_quiet_hydra(arguments)
@@ -67,6 +79,40 @@ def named_configs(arguments: list[str]) -> list[str]:
         elif flag.startswith(NAME_FLAGS):
             names.append(flag.partition("=")[2])
     return names
+
+
+def check_overrides(name: str, arguments: list[str]) -> None:
+    """Raise ValueError, in one line with the nearest name, where Hydra would refuse the overrides.
+
+    Hydra's own words take several lines and suggest to add the misspelt key.
+    """
+    if {"-m", "--multirun"} & set(arguments):
+        return  # key=1,2,3 composes only once it has been taken apart
+    try:
+        compose_config(name.removesuffix(".yaml"), [a for a in arguments if is_override(a)])
+    except HydraException as error:
+        raise ValueError(f"config {name!r}: {explained(error)}") from error
+
+
+def explained(error: HydraException) -> str:
+    """What Hydra refuses, in one line."""
+    cause = error.__cause__
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return f"no {option!r} in the group {group!r}{nearest(option, error.options)}"
+    if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
+        known = [str(k) for k in cause.parent_node if k not in ("hydra", "_target_")]
+        hint = nearest(str(cause.key), known) or f"; +{cause.full_key}=... adds it"
+        return f"no key {cause.full_key!r}{hint}"
+    return " ".join(str(error).split())
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for an error message: the nearest of the names that are known, or all of them."""
+    known = sorted(known)
+    if close := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(known)}" if known else ""
 
 
 def run(composed: DictConfig) -> None:
@@ -115,6 +161,10 @@ def with_quiet_hydra(arguments: list[str]) -> list[str]:
     given = {a.lstrip("+").split("=", 1)[0] for a in arguments}
     quiet = [q for q in quiet if q.split("=", 1)[0] not in given]
     # argparse wants overrides in one piece, so ours go where the first of the user's stands.
-    is_override = [not a.startswith("-") and ("=" in a or a.startswith("~")) for a in arguments]
-    at = is_override.index(True) if True in is_override else len(arguments)
+    at = next((i for i, a in enumerate(arguments) if is_override(a)), len(arguments))
     return [*arguments[:at], *quiet, *arguments[at:]]
+
+
+def is_override(argument: str) -> bool:
+    """Whether an argument changes the configuration: key=value, +key=value, ~key."""
+    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))

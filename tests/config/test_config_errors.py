@@ -19,6 +19,7 @@ from pizero.agent.config import (
     to_yaml,
     typed_root,
 )
+from pizero.agent.run import check_overrides
 from pizero.agent.weights.folder import differences
 
 
@@ -55,6 +56,33 @@ def test_misspelt_override(prefix: str) -> None:
         load_config("train_toy", [f"{prefix}checkpoint.evry=3"])
     if prefix:
         assert "no key 'checkpoint.evry'; did you mean 'every'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("checkpoint.evry=3", "no key 'checkpoint.evry'; did you mean 'every'?"),
+        ("chekpoint.every=3", "no key 'chekpoint'; did you mean 'checkpoint'?"),
+        ("model.joint.mixtures.vlm.widht=3", "no key 'model.joint.mixtures.vlm.widht'; did you"),
+        ("modle=toy", "no key 'modle'; did you mean 'model'?"),
+        ("model=tooy", "no 'tooy' in the group 'model'; did you mean 'toy'?"),
+        ("model=zebra", "no 'zebra' in the group 'model'; known: demo, metaworld"),
+        ("tokenizer.zebra=3", "no key 'tokenizer.zebra'; known: vocab_size"),
+        ("optim.experts.vlm.lr=3", "no key 'optim.experts.vlm'; +optim.experts.vlm=... adds it"),
+        ("~modell", "'modell' does not exist"),
+        ("steps=[1", "no viable alternative at input '[1'"),
+    ],
+)
+def test_what_hydra_refuses_is_one_line(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match="config 'train_toy': ") as caught:
+        check_overrides("train_toy", ["--config-name=train_toy", override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_that_hydra_takes() -> None:
+    check_overrides("train_toy.yaml", ["-cn", "train_toy.yaml", "steps=3", "+optim.experts.a.lr=1"])
+    check_overrides("train_toy", ["-m", "model=toy,demo"])
 
 
 def test_misspelt_key_in_a_file() -> None:

@@ -63,7 +63,7 @@ def test_help_does_not_import_torch() -> None:
     [
         (["--config-name=train_tyo"], "did you mean 'train_toy'?"),
         (["-cn", "train_tyo"], "did you mean 'train_toy'?"),
-        (["--config-name=train_toy", "stepps=3"], "Key 'stepps' is not in struct"),
+        (["--config-name=train_toy", "stepps=3"], "no key 'stepps'; did you mean 'steps'?"),
         (["--config-name=train_toy", "+stepps=3"], "no key 'stepps'; did you mean 'steps'?"),
         (["--config-name=train_toy", "data.path=nowhere"], "nowhere"),
         ([], "error: --config-name=NAME is needed"),
