@@ -28,7 +28,7 @@ from rich.table import Table
 
 from pizero.agent.config import config_dir, load_config, to_yaml
 from pizero.agent.driving.episodes import write_atomically
-from pizero.agent.machine import hardware, peak_memory_mb, versions
+from pizero.agent.machine import hardware, versions
 from pizero.agent.report import write_report
 
 MAX_CPU_PROCESSES = 2
@@ -252,10 +252,9 @@ def demo_metrics(results: Mapping[str, Any], phases: Sequence[Mapping[str, Any]]
     return metrics | {
         "seconds": {phase["name"]: phase["seconds"] for phase in phases},
         "total_seconds": round(sum(phase["seconds"] for phase in phases), 1),
-        "peak_memory_mb": {
-            "largest_process": max(memory),
-            "phases": {p["name"]: p["peak_memory_mb"] for p in phases if "peak_memory_mb" in p},
-            "driver": peak_memory_mb()["self"],
+        "peak_rss_mb": max(memory),  # of the largest process
+        "peak_rss_mb_by_phase": {
+            phase["name"]: phase["peak_memory_mb"] for phase in phases if "peak_memory_mb" in phase
         },
         "protocol": results["fingerprint"],
         "checkpoint": results["checkpoint"],
@@ -265,7 +264,8 @@ def demo_metrics(results: Mapping[str, Any], phases: Sequence[Mapping[str, Any]]
 
 
 def swapped_metrics(arm: Mapping[str, Any], main: Mapping[str, Any]) -> dict[str, Any]:
-    """Told another task's sentence: how often the scene's goal is reached, how often the words'.
+    """Told another task's sentence: how often the scene's own goal is reached (which a policy that
+    listens leaves alone), and how often the goal that the words name.
 
     Beside them the same scenes told their own sentence.
     """
@@ -275,8 +275,8 @@ def swapped_metrics(arm: Mapping[str, Any], main: Mapping[str, Any]) -> dict[str
         "swapped_instruction_tasks": list(arm["tasks"]),
         "swapped_instruction_episodes": arm["success"]["trials"],
         "success_rate_right_instruction": right,
-        "success_rate_swapped_instruction_scene_goal": arm["success"]["rate"],
-        "success_interval_swapped_instruction_scene_goal": interval(arm["success"]),
+        "success_rate_swapped_instruction": arm["success"]["rate"],
+        "success_interval_swapped_instruction": interval(arm["success"]),
         "success_rate_swapped_instruction_named_goal": arm["named"]["rate"],
         "success_interval_swapped_instruction_named_goal": interval(arm["named"]),
     }

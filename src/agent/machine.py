@@ -1,12 +1,10 @@
-"""What a number was measured on: machine, versions, and the memory that was used."""
+"""What a number was measured on: machine and versions."""
 
 from __future__ import annotations
 
 import os
 import platform
-import resource
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -51,15 +49,6 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+changes" if changed else "")
-
-
-def peak_memory_mb() -> dict[str, float]:
-    """Peak resident memory in MB: this process, and the largest process it has waited for."""
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes.
-    return {
-        who: round(resource.getrusage(usage).ru_maxrss * unit / 1e6, 1)
-        for who, usage in (("self", resource.RUSAGE_SELF), ("children", resource.RUSAGE_CHILDREN))
-    }
 
 
 def _processor() -> str:
