@@ -23,8 +23,9 @@ from pizero.agent.policy import DEFAULT_NUM_STEPS, Policy, load_policy
 from pizero.agent.report.replay import write_replay_report
 from pizero.agent.weights.folder import has_pipeline, own_folder, read_description
 from pizero.data.dataset import RldsDataset
+from pizero.data.index import unknown_key
 from pizero.data.rlds.index import find_dataset
-from pizero.data.rlds.spec import DatasetSpec, unknown_key
+from pizero.data.rlds.spec import DatasetSpec
 
 STATES = ("observation/state", "observation/proprio", "state")
 ACTIONS = ("action", "actions")

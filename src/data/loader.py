@@ -7,8 +7,9 @@ integer, `samples`, which counts what was handed out, not what workers prefetche
 
 from __future__ import annotations
 
+import logging
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pizero.data.augment import Augmentation
-from pizero.data.dataset import RldsDataset
+from pizero.data.dataset import EpisodeDataset, Sample
 from pizero.data.mix import Mix
 from pizero.data.pipeline import PolicyPipeline
 from pizero.data.sampler import permute, rank_samples
@@ -25,19 +25,24 @@ from pizero.types import Batch, Observation
 
 Pipelines = PolicyPipeline | Mapping[str, PolicyPipeline]
 
+MOST_SKIPPED = 1000  # unreadable frames in a row; a data set with more is lost
+log = logging.getLogger(__name__)
+
 
 class TrainLoader:
     """An endless iterator of this rank's batches.
 
-    `pipeline` may be one per dataset of a mix, by name, where robots differ in statistics.
+    `pipeline` may be one per dataset of a mix, by name, where robots or statistics differ.
     `start_sample` resumes: it is the `samples` of an earlier loader. `global_batch_size` is one
     optimizer step; it comes in `accumulate` batches of global_batch_size / world_size / accumulate.
+    `order` is global or windowed, with `window` episodes in a block (sampler.Order). `skipped`
+    counts samples that could not be read and were replaced, on this rank.
     """
 
     def __init__(
         self,
         *,
-        dataset: RldsDataset | Mix,
+        dataset: EpisodeDataset | Mix,
         pipeline: Pipelines,
         seed: int,
         global_batch_size: int,
@@ -45,7 +50,8 @@ class TrainLoader:
         world_size: int = 1,
         start_sample: int = 0,
         accumulate: int = 1,
-        augmentation: Augmentation | None = None,
+        order: str = "global",
+        window: int = 64,
         num_workers: int = 0,
         prefetch: int = 2,
         pin_memory: bool = False,
@@ -56,7 +62,7 @@ class TrainLoader:
                 f"expected start_sample as a multiple of global_batch_size {global_batch_size}, "
                 f"got {start_sample}"
             )
-        self.samples = start_sample
+        self.samples, self.skipped, self.seed = start_sample, 0, seed
         self.global_batch_size, self.accumulate = global_batch_size, accumulate
         self._slice = {
             "global_batch_size": global_batch_size,
@@ -65,16 +71,20 @@ class TrainLoader:
             "accumulate": accumulate,
         }
         rank_samples(start_sample, **self._slice)  # refuses sizes that do not divide
-        self._source = _TrainSource(_as_mix(dataset), pipeline, seed, augmentation)
+        self._source = _TrainSource(_as_mix(dataset), pipeline, seed, order, window)
         self._options = _loader_options(num_workers, prefetch, pin_memory, start_method)
 
     def __iter__(self) -> Iterator[Batch]:
         numbers = _MicroBatches(self.samples, self._slice)
-        loader = DataLoader(self._source, batch_sampler=numbers, **self._options)
-        for i, tensors in enumerate(loader, start=1):
+        for i, tensors in enumerate(self._batches(numbers), start=1):
             if i % self.accumulate == 0:
                 self.samples += self.global_batch_size
+            self.skipped += int(tensors["skipped"])
             yield _to_batch(tensors)
+
+    def _batches(self, numbers: Iterable[list[int]]) -> Iterable[dict[str, Tensor]]:
+        """The tensors of each batch of sample numbers."""
+        return DataLoader(self._source, batch_sampler=numbers, **self._options)
 
 
 class ValLoader:
@@ -87,7 +97,7 @@ class ValLoader:
     def __init__(
         self,
         *,
-        dataset: RldsDataset | Mix,
+        dataset: EpisodeDataset | Mix,
         pipeline: Pipelines,
         seed: int,
         num_samples: int,
@@ -134,31 +144,68 @@ class _Source(Dataset):
             raise ValueError(f"expected a pipeline for every dataset, got none for {missing}")
         self.mix = mix
         self.pipelines = [pipeline[name] for name in mix.names]
+        shapes = {name: _shapes(pipeline[name]) for name in mix.names}
+        for name, shape in shapes.items():
+            if shape != shapes[mix.names[0]]:
+                raise ValueError(
+                    f"pipelines of a mix must give equal shapes, got {mix.names[0]}: "
+                    f"{shapes[mix.names[0]]} and {name}: {shape}"
+                )
+        self.said = 0
 
-    def collate(self, samples: np.ndarray, where: tuple[np.ndarray, np.ndarray]) -> Batch:
-        encoded = [
-            self.pipelines[d].encode(self.mix.read(d, i))
-            for d, i in zip(where[0].tolist(), where[1].tolist(), strict=True)
-        ]
-        return self.pipelines[0].collate(encoded, samples)
+    def collate(
+        self, samples: np.ndarray, where: tuple[np.ndarray, np.ndarray], *, draw: bool
+    ) -> dict[str, Tensor]:
+        found, skipped = [], 0
+        for d, i, number in zip(*(x.tolist() for x in (*where, samples)), strict=True):
+            sample, failed = self.read(d, i, number if draw else None)
+            found.append(sample)
+            skipped += failed
+        return self.encode(found, samples) | {"skipped": torch.tensor(skipped)}
+
+    def encode(self, found: Sequence[Sample], numbers: np.ndarray) -> dict[str, Tensor]:
+        """What the pipelines make of samples with these numbers."""
+        pipelines = dict(zip(self.mix.names, self.pipelines, strict=True))
+        encoded = [pipelines[sample["dataset"]].encode(sample) for sample in found]
+        return _to_tensors(self.pipelines[0].collate(encoded, numbers))
+
+    def read(self, dataset: int, frame: int, draw: int | None) -> tuple[Sample, int]:
+        """The sample, or where it is damaged and may be skipped the next one; how many were."""
+        part = self.mix.datasets[self.mix.names[dataset]]
+        for failed in range(MOST_SKIPPED):
+            place = (frame + failed) % len(part)
+            try:
+                return self.mix.read(dataset, place, draw=draw), failed
+            except (OSError, ValueError) as error:
+                if part.on_error == "raise":
+                    raise
+                self.said += 1
+                if self.said <= 20:
+                    log.warning("skipped frame %d of %s: %s", place, part.index.directory, error)
+        raise ValueError(
+            f"{part.index.directory}: {MOST_SKIPPED} frames from frame {frame} on cannot be read"
+        )
 
 
 class _TrainSource(_Source):
-    def __init__(
-        self, mix: Mix, pipeline: Pipelines, seed: int, augmentation: Augmentation | None
-    ) -> None:
+    def __init__(self, mix: Mix, pipeline: Pipelines, seed: int, order: str, window: int) -> None:
         super().__init__(mix, pipeline)
-        self.seed, self.augmentation = seed, augmentation
-        self.order = mix.order(seed)
+        self.order = mix.order(seed, kind=order, window=window)
+        self.advised: dict[tuple[int, int, int], None] = {}  # the latest, in order
 
     def __getitems__(self, numbers: list[int]) -> dict[str, Tensor]:
         samples = np.array(numbers, np.int64)
-        batch = self.collate(samples, self.mix.locate(self.order, samples))
-        tensors = _to_tensors(batch)
-        if self.augmentation is not None:
-            images = tensors["images"]
-            tensors["images"] = self.augmentation(images, seed=self.seed, samples=samples)
-        return tensors
+        for block in self.order.blocks(samples):
+            self.advise(block)
+            self.advise(self.order.following(*block))
+        return self.collate(samples, self.mix.locate(self.order, samples), draw=True)
+
+    def advise(self, block: tuple[int, int, int]) -> None:
+        if block not in self.advised:
+            self.mix.advise(self.order, block)
+            self.advised[block] = None
+            if len(self.advised) > 4 * len(self.order.sizes):
+                del self.advised[next(iter(self.advised))]
 
 
 class _ValSource(_Source):
@@ -172,7 +219,7 @@ class _ValSource(_Source):
         frame = permute(samples, len(self.mix), self.seed)
         dataset = np.searchsorted(self.ends, frame, side="right")
         frame = frame - np.concatenate([[0], self.ends[:-1]])[dataset]
-        return _to_tensors(self.collate(samples, (dataset, frame)))
+        return self.collate(samples, (dataset, frame), draw=False)
 
 
 class _MicroBatches:
@@ -188,7 +235,21 @@ class _MicroBatches:
             first += self.slices["global_batch_size"]
 
 
-def _as_mix(dataset: RldsDataset | Mix) -> Mix:
+def _shapes(pipeline: PolicyPipeline) -> dict[str, Any]:
+    """What decides the shapes of a batch."""
+    return {
+        "images": len(pipeline.cameras) * pipeline.frames,
+        "image_size": pipeline.image_size,
+        "horizon": pipeline.horizon,
+        "action_dim": pipeline.action_dim,
+        "state_dim": pipeline.state_dim,
+        "max_tokens": pipeline.max_tokens,
+        "trim_tokens": pipeline.trim_tokens,
+        "speaks": pipeline.fast is not None,
+    }
+
+
+def _as_mix(dataset: EpisodeDataset | Mix) -> Mix:
     return dataset if isinstance(dataset, Mix) else Mix(datasets={"dataset": dataset})
 
 

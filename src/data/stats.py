@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load_file, save
 
-from pizero.data.dataset import RldsDataset
+from pizero.data.dataset import EpisodeDataset
 from pizero.data.mix import Mix
 from pizero.data.normalize import subtract_state
 
@@ -52,17 +52,9 @@ class Statistics:
         """Exact statistics of values [n d]; std is that of the population."""
         if values.ndim != 2 or not len(values):
             raise ValueError(f"expected values [n d] with n > 0, got shape {list(values.shape)}")
-        values = np.asarray(values, np.float64)
-        q01, q99 = np.quantile(values, [0.01, 0.99], axis=0)
-        return cls(
-            mean=values.mean(0),
-            std=values.std(0),
-            min=values.min(0),
-            max=values.max(0),
-            q01=q01,
-            q99=q99,
-            count=len(values),
-        )
+        columns = [_of_column(np.array(column, np.float64)) for column in values.T]
+        found = {name: np.array([c[name] for c in columns]) for name in _ARRAYS}
+        return cls(**found, count=len(values))
 
     def cut(self, size: int) -> Statistics:
         """The first `size` dimensions, for statistics that were saved padded to a model's width."""
@@ -73,7 +65,7 @@ class Statistics:
 
 
 def compute_statistics(
-    dataset: RldsDataset | Mix,
+    dataset: EpisodeDataset | Mix,
     *,
     delta_mask: Sequence[bool] | None = None,
     robot: Robot | None = None,
@@ -87,10 +79,18 @@ def compute_statistics(
     if robot is not None and delta_mask is None:
         delta_mask = robot.delta_mask
     parts = list(dataset.datasets.values()) if isinstance(dataset, Mix) else [dataset]
-    actions = np.concatenate([_action_rows(part, delta_mask, robot) for part in parts])
-    found = {"action": Statistics.of(actions)}
+    rows = [_Rows(part, robot, delta_mask) for part in parts]
+    masks = {part.action_mask for part in parts}
+    if len(masks) > 1:
+        raise ValueError(
+            f"expected data sets of one action_mask, got {masks}; compute one for each"
+        )
+    mask = masks.pop()
+    found = {"action": _statistics([row.actions for row in rows])}
+    if mask is not None:
+        found["action"] = replace(found["action"], mask=np.array(mask, bool))
     if all(part.state_dim for part in parts):
-        found["state"] = Statistics.of(np.concatenate([_states(part, robot) for part in parts]))
+        found["state"] = _statistics([row.states for row in rows])
     return found
 
 
@@ -153,17 +153,37 @@ def save_statistics(
         if lacking := [k for k in rule.required if k not in arrays]:
             raise ValueError(f"{dialect} files need {lacking}, which the {name} statistics lack")
         groups[{"state": rule.state, "action": rule.action}.get(name, name)] = arrays
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
     if dialect == "lerobot_processor":
         tensors = {
             f"{g}.{k}": v.astype(np.float32) for g, a in groups.items() for k, v in a.items()
         }
-        temporary.write_bytes(save(tensors))
+        _write(Path(path), save(tensors))
     else:
         tree = _json_tree(groups, statistics, dialect, dataset)
-        temporary.write_text(json.dumps(tree, indent=2) + "\n")
-    os.replace(temporary, path)
+        _write(Path(path), (json.dumps(tree, indent=2) + "\n").encode())
+
+
+def save_statistics_of_each(
+    datasets: Mapping[str, Mapping[str, Statistics]], path: str | Path
+) -> None:
+    """Write the statistics of several data sets into one file of ours, by their names."""
+    rule, tree = DIALECTS["pizero"], {}
+    for dataset, statistics in datasets.items():
+        groups = {
+            {"state": rule.state, "action": rule.action}.get(name, name): {
+                k: v for k in rule.entries if (v := getattr(found, k)) is not None
+            }
+            for name, found in sorted(statistics.items())
+        }
+        tree[dataset] = _json_tree(groups, statistics, "pizero", dataset)["norm_stats"]
+    _write(Path(path), (json.dumps({"norm_stats": tree}, indent=2) + "\n").encode())
+
+
+def statistics_names(path: str | Path) -> list[str]:
+    """The data sets that a file holds statistics of; empty where it does not name any."""
+    tree = _read(_find(path))
+    tree = tree.get("norm_stats", tree) if isinstance(tree, Mapping) else {}
+    return _names_in(tree)
 
 
 def load_statistics(
@@ -253,7 +273,7 @@ def _combine(episodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _select(tree: Mapping[str, Any], dataset: str | None, where: str) -> Mapping[str, Any]:
     """The part that holds groups, where they lie below names of data sets."""
-    names = [] if _has_groups(tree) else [k for k, v in tree.items() if _has_groups(v)]
+    names = _names_in(tree)
     if not names:
         return tree
     if dataset is None and len(names) > 1:
@@ -261,6 +281,16 @@ def _select(tree: Mapping[str, Any], dataset: str | None, where: str) -> Mapping
     if dataset is not None and dataset not in names:
         raise ValueError(f"{where}: expected a data set of {', '.join(names)}, got {dataset!r}")
     return tree[dataset or names[0]]
+
+
+def _names_in(tree: Mapping[str, Any]) -> list[str]:
+    return [] if _has_groups(tree) else [k for k, v in tree.items() if _has_groups(v)]
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 def _json_tree(
@@ -322,22 +352,73 @@ def _has_groups(tree: Any) -> bool:
 
 # -- rows -----------------------------------------------------------------------------------------
 
+MEMORY = 2**28  # numbers that are held at once, as float64
+BLOCK = 2**18  # rows that are encoded at once
 
-def _states(dataset: RldsDataset, robot: Robot | None) -> np.ndarray:
-    return dataset.states if robot is None else robot.encode_state(dataset.states)
+Blocks = Callable[[], Iterator[np.ndarray]]  # values [n d] in blocks, from the beginning each time
 
 
-def _action_rows(
-    dataset: RldsDataset, delta_mask: Sequence[bool] | None, robot: Robot | None
-) -> np.ndarray:
-    actions = dataset.actions if robot is None else robot.encode_actions(dataset.actions)
-    if not delta_mask:
-        return actions
-    states = _states(dataset, robot)
-    starts, lengths = dataset.episode_starts, dataset.episode_lengths
-    left = np.repeat(starts + lengths, lengths) - np.arange(len(dataset))
-    rows = [np.flatnonzero(left > ahead) for ahead in range(dataset.horizon)]
-    pieces = [
-        subtract_state(actions[r + ahead], states[r], delta_mask) for ahead, r in enumerate(rows)
-    ]
-    return np.concatenate(pieces)
+@dataclass(frozen=True)
+class _Rows:
+    """What a policy sees of a data set, in blocks."""
+
+    data: EpisodeDataset
+    robot: Robot | None
+    delta_mask: Sequence[bool] | None
+
+    def states(self) -> Iterator[np.ndarray]:
+        for rows in self._rows(0):
+            yield self._state(rows)
+
+    def actions(self) -> Iterator[np.ndarray]:
+        """Each action once, or relative to the state from which it is one of the chunk."""
+        data = self.data
+        for ahead in range(data.horizon if self.delta_mask else 1):
+            for rows in self._rows(ahead):
+                values = data.action_table[rows + ahead * data.stride]
+                if self.robot is not None:
+                    values = self.robot.encode_actions(values)
+                if self.delta_mask:
+                    values = subtract_state(values, self._state(rows), self.delta_mask)
+                yield values
+
+    def _state(self, rows: np.ndarray) -> np.ndarray:
+        values = self.data.state_table[rows]
+        return values if self.robot is None else self.robot.encode_state(values)
+
+    def _rows(self, ahead: int) -> Iterator[np.ndarray]:
+        """Rows of the tables that have a step so far ahead in their episode."""
+        rows = self.data.rows
+        rows = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        if ahead:
+            rows = rows[self.data.steps_left >= ahead * self.data.stride]
+        for start in range(0, len(rows), BLOCK):
+            yield rows[start : start + BLOCK]
+
+
+def _statistics(sources: Sequence[Blocks]) -> Statistics:
+    """Exact statistics of all rows, a few dimensions at a time where they are very many."""
+    shapes = [block.shape for source in sources for block in source()]
+    widths = sorted({width for _, width in shapes})
+    if len(widths) != 1:
+        raise ValueError(f"expected data sets of one width, got {widths}; compute one for each")
+    count, width = sum(n for n, _ in shapes), widths[0]
+    at_once = max(1, MEMORY // count)
+    columns: list[dict[str, float]] = []
+    for first in range(0, width, at_once):
+        values = np.empty((min(at_once, width - first), count))
+        done = 0
+        for source in sources:
+            for block in source():
+                values[:, done : done + len(block)] = block[:, first : first + len(values)].T
+                done += len(block)
+        columns += [_of_column(column) for column in values]
+    found = {name: np.array([c[name] for c in columns]) for name in _ARRAYS}
+    return Statistics(**found, count=count)
+
+
+def _of_column(values: np.ndarray) -> dict[str, float]:
+    """Statistics of one dimension, float64 [n], whose order is lost."""
+    found = {"mean": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
+    q01, q99 = np.quantile(values, [0.01, 0.99], overwrite_input=True)
+    return found | {"q01": q01, "q99": q99}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pizero.data.rlds.index import Index, open_index
+from pizero.data.index import Index
+from pizero.data.rlds.index import open_index
 from pizero.data.rlds.spec import DatasetSpec, FeatureSpec
 from pizero.data.rlds.tfrecord import CorruptRecordError, FileReader
 from pizero.data.rlds.writer import RldsWriter

@@ -1,140 +1,49 @@
-"""The index of an RLDS split: where every image lies, and all low-dimensional values as arrays.
+"""The index of a split of TFRecords: where every image lies, and all other values as arrays.
 
-Built once by walking the shards without touching image bytes, then memory mapped by every process:
-
-    <dataset>/.pizero_index/<split>-<key>/manifest.json   spec, files, string table
-                                          steps.<key>.npy     one row per step (image: offset, size)
-                                          episode.<key>.npy   one row per episode
-                                          episodes.npy        start, length, shard of each episode
-
-The key covers the schema, `features.json` and the name, size and time of each shard, so changed
-data gets a new index. Where the dataset cannot be written, the index goes to the user's cache.
+Every shard is walked once. Its checksums are verified on the way, so damage is found here and not
+in the middle of a training run; without that (`verify` False) only headers are touched, which a
+remote file system may need.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
+import logging
 import mmap
 import os
 import re
-import shutil
-import tempfile
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from pizero.data.index import (
+    Column,
+    Contents,
+    Index,
+    Tables,
+    fingerprint,
+    homes,
+    make_once,
+    say_what_changed,
+    stamps,
+    unknown_key,
+)
+from pizero.data.progress import watched
 from pizero.data.rlds.example import Feature, parse_example
-from pizero.data.rlds.spec import STEPS, DatasetSpec, FeatureSpec, unknown_key
-from pizero.data.rlds.tfrecord import CorruptRecordError, scan_records
+from pizero.data.rlds.spec import STEPS, DatasetSpec, FeatureSpec
+from pizero.data.rlds.tfrecord import CorruptRecordError, scan_records, verify_record
 
-SCHEMA = 1
 LARGEST_ROW = 64  # numbers; longer vectors (language embeddings) are left in the files
+WORTH_PROCESSES = 2**30  # bytes of a split
+RAGGED = ("ragged_flat_values", "ragged_row_lengths_0")
 
-Tables = dict[str, np.ndarray]
-
-
-class Index:
-    """An opened index. Arrays are mapped on first use and dropped when pickled.
-
-    `starts` and `lengths` [episodes] are rows of the step tables; `files` are the shards, `shard`
-    [episodes] says which one holds an episode.
-    """
-
-    def __init__(self, folder: Path, directory: Path) -> None:
-        self.folder, self.directory = folder, directory
-        self._columns: dict[tuple[str, str, str], np.ndarray] = {}
-
-    @cached_property
-    def manifest(self) -> dict[str, Any]:
-        """What the index was built from."""
-        return json.loads((self.folder / "manifest.json").read_text())
-
-    @cached_property
-    def files(self) -> list[str]:
-        """Absolute paths of the shards."""
-        return [str(self.directory / name) for name in self.manifest["files"]]
-
-    @cached_property
-    def strings(self) -> list[str]:
-        """The distinct texts; text columns hold numbers into this list."""
-        return self.manifest["strings"]
-
-    @cached_property
-    def spec(self) -> DatasetSpec:
-        """The features of the dataset."""
-        return DatasetSpec.load(self.directory / "features.json")
-
-    @cached_property
-    def _episodes(self) -> np.ndarray:
-        return self._load("episodes")
-
-    @property
-    def starts(self) -> np.ndarray:
-        """First row of each episode in the step tables."""
-        return self._episodes[:, 0]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Steps of each episode."""
-        return self._episodes[:, 1]
-
-    @property
-    def shard(self) -> np.ndarray:
-        """The file that holds each episode, as a position in `files`."""
-        return self._episodes[:, 2]
-
-    def step_values(self, key: str, kind: str = "any") -> np.ndarray:
-        """The column of a key below `steps/`, which must be of the kind.
-
-        tensor [steps ...], text numbers [steps], or the offset and size of each image [steps 2].
-        """
-        return self._column("steps", key, kind)
-
-    def episode_values(self, key: str) -> np.ndarray:
-        """The column of a key outside the steps, e.g. `episode_metadata/task`."""
-        return self._column("episode", key, "any")
-
-    def texts(self, numbers: np.ndarray) -> list[str]:
-        """The strings that a text column stands for."""
-        return [self.strings[n] for n in numbers]
-
-    def _column(self, group: str, key: str, kind: str) -> np.ndarray:
-        column = self._columns.get((group, key, kind))
-        if column is None:
-            self._check(group, key, kind)
-            column = self._columns[group, key, kind] = self._load(f"{group}.{key}")
-        return column
-
-    def _check(self, group: str, key: str, kind: str) -> None:
-        specs = self.spec.steps if group == "steps" else self.spec.episode
-        where = f"{self.directory} ({group})"
-        stored = {k: s for k, s in specs.items() if f"{group}.{k}" in self.manifest["columns"]}
-        if key in specs and key not in stored:
-            raise ValueError(
-                f"{where}: {key!r} is not in the index: {specs[key]}; only images, text and "
-                f"fixed arrays of at most {LARGEST_ROW} numbers are"
-            )
-        if key not in stored or kind not in ("any", stored[key].kind):
-            choices = [k for k, s in stored.items() if kind in ("any", s.kind)]
-            raise unknown_key(key, choices, where=f"{where}, {kind} features,")
-
-    def _load(self, column: str) -> np.ndarray:
-        mapped = np.load(self.folder / _file_name(column), mmap_mode="r")
-        return mapped.view(np.ndarray)  # still mapped, without the cost of the memmap class
-
-    def __getstate__(self) -> dict[str, Path]:
-        return {"folder": self.folder, "directory": self.directory}
-
-    def __setstate__(self, state: dict[str, Path]) -> None:
-        self.__init__(**state)
+log = logging.getLogger(__name__)
 
 
 def find_dataset(path: str | Path) -> Path:
@@ -151,139 +60,239 @@ def find_dataset(path: str | Path) -> Path:
     return found[0].resolve()
 
 
-def open_index(
-    path: str | Path, split: str, *, num_workers: int = 0, check_payload: bool = False
-) -> Index:
-    """The index of a split, built first if there is none for the present files.
+def splits(directory: Path) -> list[str]:
+    """The splits that a data set has files of."""
+    return sorted({match["split"] for _, match in _records(directory)})
 
-    `num_workers` processes share the shards of a large dataset. One process builds, the others wait
-    for it. `check_payload` verifies every byte against its checksum while building.
+
+def open_index(
+    path: str | Path,
+    split: str,
+    *,
+    num_workers: int | None = None,
+    verify: bool = True,
+    on_error: str = "raise",
+) -> Index:
+    """The index of a split, made first if there is none for the present files.
+
+    `num_workers` processes share the shards; None: as many as there are CPUs (at most 8) for a
+    large data set, otherwise none. `verify` compares every byte with its checksum. With `on_error`
+    skip, damaged records are left out, counted and logged; otherwise CorruptRecordError tells file
+    and offset.
     """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"expected on_error raise or skip, got {on_error!r}")
     directory = find_dataset(path)
     files = _shards(directory, split)
-    key = _fingerprint(directory, files)
-    homes = _homes(directory)
-    for home in homes:
-        if (home / f"{split}-{key}" / "manifest.json").exists():
-            return Index(home / f"{split}-{key}", directory)
-    for home in homes:
-        try:
-            home.mkdir(parents=True, exist_ok=True)
-            lock = (home / f"{split}.lock").open("w")
-        except OSError:  # a read-only dataset; the user's cache comes next
-            continue
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            folder = home / f"{split}-{key}"
-            if not (folder / "manifest.json").exists():
-                _build(directory, files, folder, num_workers, check_payload)
-            return Index(folder, directory)
-    raise ValueError(
-        f"nowhere to write the index of {directory}; tried {', '.join(map(str, homes))}"
-    )
+    now = stamps(directory, files)
+    features = (directory / "features.json").read_bytes()
+    key = fingerprint(now, features.decode(errors="replace"), verify, on_error)
+    places = homes(directory)
+    make = partial(_make, directory, split, now, num_workers, verify, on_error)
+    return Index(make_once(places, f"{split}-{key}", make), directory)
 
 
-def _homes(directory: Path) -> list[Path]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = f"{directory.parent.name}-{hashlib.sha256(str(directory).encode()).hexdigest()[:8]}"
-    beside = directory / ".pizero_index"
-    # A folder without any write bit is meant to stay as it is, even for root.
-    is_read_only = not directory.stat().st_mode & 0o222 and not beside.exists()
-    return [*([] if is_read_only else [beside]), cache / "pizero" / "index" / name]
+def _records(directory: Path) -> list[tuple[Path, re.Match[str]]]:
+    pattern = re.compile(r".+-(?P<split>[^-]+)\.tfrecord(-(?P<i>\d+)-of-(?P<n>\d+))?$")
+    return [(p, m) for p in sorted(directory.iterdir()) if (m := pattern.match(p.name))]
 
 
 def _shards(directory: Path, split: str) -> list[Path]:
-    pattern = re.compile(r".+-(?P<split>[^-]+)\.tfrecord(-(?P<i>\d+)-of-(?P<n>\d+))?$")
-    matches = [(p, m) for p in sorted(directory.iterdir()) if (m := pattern.match(p.name))]
-    files = [(p, m) for p, m in matches if m["split"] == split]
+    files = [(p, m) for p, m in _records(directory) if m["split"] == split]
     if not files:
-        splits = {m["split"] for _, m in matches}
-        raise unknown_key(split, splits, where=f"{directory}, splits,")
+        raise unknown_key(split, splits(directory), where=f"{directory}, splits,")
     expected = int(files[0][1]["n"] or 1)
     if len(files) != expected:
         raise ValueError(f"{directory}: expected {expected} shards of {split!r}, got {len(files)}")
     return [p for p, _ in files]
 
 
-def _fingerprint(directory: Path, files: list[Path]) -> str:
-    digest = hashlib.sha256(f"schema {SCHEMA}".encode())
-    digest.update((directory / "features.json").read_bytes())
-    for file in files:
-        stat = file.stat()
-        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _build(
-    directory: Path, files: list[Path], folder: Path, num_workers: int, check_payload: bool
+def _make(
+    directory: Path,
+    split: str,
+    now: dict[str, list[int]],
+    num_workers: int | None,
+    verify: bool,
+    on_error: str,
+    folder: Path,
 ) -> None:
-    jobs = [(directory, file, i, check_payload) for i, file in enumerate(files)]
+    say_what_changed([folder.parent], split, now)
+    files = [directory / name for name in now]
+    spec = DatasetSpec.load(directory / "features.json")
+    jobs = [_Job(file, i, spec, verify, on_error) for i, file in enumerate(files)]
+    total = sum(size for size, _ in now.values())
+    if num_workers is None:
+        fitting = min(8, os.cpu_count() or 1, len(files))
+        num_workers = fitting if total > WORTH_PROCESSES and fitting > 1 else 0
+    what = f"indexing {split} of {directory.name}, {len(files)} files, {total / 1e9:.3g} GB"
     if num_workers:
         with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-            shards = list(pool.map(_index_shard, jobs))
+            shards = list(watched(pool.map(_index_shard, jobs), total=len(jobs), what=what))
     else:
-        shards = [_index_shard(job) for job in jobs]
-    strings: dict[str, int] = {}
-    for tables, texts in shards:  # number the texts of all shards together
-        numbers = np.array([strings.setdefault(t, len(strings)) for t in texts], np.int32)
-        for column in tables.pop("text columns").tolist():
-            tables[column] = numbers[tables[column]]
-    first = np.cumsum([0] + [int(t["episodes"][:, 1].sum()) for t, _ in shards])
-    for (tables, _), offset in zip(shards, first, strict=False):
-        tables["episodes"][:, 0] += offset
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+        shards = list(watched(map(_index_shard, jobs), total=len(jobs), what=what))
+    damaged = [line for shard in shards for line in shard.damaged]
+    for line in damaged[:20]:
+        log.warning("left out: %s", line)
+    if damaged:
+        log.warning("%d damaged records of %s are left out", len(damaged), directory)
+    else:
+        _compare_counts(directory, split, files, [len(s.tables["episodes"]) for s in shards])
+    Contents(
+        files=[f.name for f in files],
+        columns=_columns(spec),
+        tables=_merged(shards),
+        strings=list(_numbered(shards)),
+        stamps=now,
+        absent={
+            f"{group}.{key}": f"{leaf.kind} {leaf.dtype} {list(leaf.shape)}; only images, "
+            f"texts and arrays of at most {LARGEST_ROW} numbers are"
+            for group, leaves in (("steps", spec.steps), ("episode", spec.episode))
+            for key, leaf in leaves.items()
+            if not _is_kept(leaf)
+        },
+        damaged=damaged,
+    ).write(folder)
+
+
+def _compare_counts(directory: Path, split: str, files: list[Path], got: list[int]) -> None:
+    """What dataset_info.json says of each shard, if it says anything."""
+    path = directory / "dataset_info.json"
+    if not path.is_file():
+        return
     try:
-        columns = list(shards[0][0])
-        for column in columns:
-            merged = np.concatenate([tables[column] for tables, _ in shards])
-            np.save(temporary / _file_name(column), merged)
-        manifest = {
-            "files": [f.name for f in files],
-            "columns": columns,
-            "strings": list(strings),
+        listed = {
+            s["name"]: s.get("shardLengths", []) for s in json.loads(path.read_text())["splits"]
         }
-        (temporary / "manifest.json").write_text(json.dumps(manifest))
-        os.chmod(temporary, 0o755)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        expected = [int(n) for n in listed.get(split, [])]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected splits with shardLengths, got {type(error).__name__}: {error}"
+        ) from error
+    if expected and expected != got:
+        wrong = [
+            f"{f.name}: {e} and {g}"
+            for f, e, g in zip(files, expected, got, strict=False)
+            if e != g
+        ]
+        raise ValueError(
+            f"{directory}: dataset_info.json and the files of {split!r} disagree on the number of "
+            f"episodes ({len(expected)} and {len(got)} files; {', '.join(wrong[:5])}). Copy the "
+            "data again, or remove dataset_info.json if the files are right"
+        )
 
 
-def _index_shard(job: tuple[Path, Path, int, bool]) -> tuple[Tables, list[str]]:
-    directory, file, number, check_payload = job
-    spec = DatasetSpec.load(directory / "features.json")
+@dataclass(frozen=True)
+class _Job:
+    file: Path
+    number: int
+    spec: DatasetSpec
+    verify: bool
+    on_error: str
+
+
+@dataclass
+class _Shard:
+    tables: Tables
+    strings: list[str]
+    text_columns: list[str]
+    damaged: list[str] = field(default_factory=list)
+
+
+def _columns(spec: DatasetSpec) -> dict[str, Column]:
+    groups = (("steps", spec.steps), ("episode", spec.episode))
+    return {
+        f"{group}.{key}": Column(leaf.kind, leaf.dtype, leaf.shape)
+        for group, leaves in groups
+        for key, leaf in leaves.items()
+        if _is_kept(leaf)
+    }
+
+
+def _index_shard(job: _Job) -> _Shard:
+    spec = job.spec
     columns = {f"steps.{k}": (STEPS + k, s) for k, s in spec.steps.items() if _is_kept(s)}
     columns |= {f"episode.{k}": (k, s) for k, s in spec.episode.items() if _is_kept(s)}
     rows: dict[str, list[np.ndarray]] = {column: [] for column in columns}
+    ends: dict[str, list[np.ndarray]] = {
+        c: [] for c, (_, s) in columns.items() if s.kind == "ragged"
+    }
     episodes: list[tuple[int, int, int]] = []
     strings: dict[str, int] = {}
+    damaged: list[str] = []
     start = 0
-    with file.open("rb") as handle:
-        buffer = _map_file(handle.fileno(), sequential=check_payload)
-        for offset, length in scan_records(buffer, name=str(file), check_payload=check_payload):
+    with job.file.open("rb") as handle:
+        buffer = _map_file(handle.fileno(), sequential=job.verify)
+        records = scan_records(buffer, name=str(job.file))
+        while True:
+            offset = -1
             try:
+                offset, length = next(records, (-1, -1))
+                if offset < 0:
+                    break
+                if job.verify:
+                    verify_record(buffer, offset, length, name=str(job.file))
                 features = parse_example(buffer[offset : offset + length])
                 steps = _num_steps(features, spec)
-                for column, (key, leaf) in columns.items():
-                    count = steps if key.startswith(STEPS) else 1
-                    rows[column].append(_column(features.get(key), leaf, count, offset, strings))
-            except ValueError as error:
-                raise CorruptRecordError(f"{file}, record at offset {offset}: {error}") from error
-            episodes.append((start, steps, number))
+                found = {
+                    column: _column(features, key, leaf, steps, offset, strings)
+                    for column, (key, leaf) in columns.items()
+                }
+            except (ValueError, zlib.error) as error:
+                if not isinstance(error, CorruptRecordError):
+                    error = CorruptRecordError(f"{job.file}, record at offset {offset}: {error}")
+                if job.on_error == "raise":
+                    raise error from None
+                damaged.append(str(error))
+                continue  # a broken header ends the generator, and with it the shard
+            for column, (values, lengths) in found.items():
+                rows[column].append(values)
+                if lengths is not None:
+                    ends[column].append(lengths)
+            episodes.append((start, steps, job.number))
             start += steps
     tables = {c: _stack(rows[c], columns[c][1]) for c in columns}
+    for column, lengths in ends.items():
+        tables[f"{column}.ends"] = np.cumsum(np.concatenate([np.zeros(0, np.int64), *lengths]))
     tables["episodes"] = np.array(episodes, np.int64).reshape(-1, 3)
-    tables["text columns"] = np.array([c for c in columns if columns[c][1].kind == "text"], object)
-    return tables, list(strings)
+    texts = [c for c, (_, leaf) in columns.items() if _is_text(leaf)]
+    return _Shard(tables, list(strings), texts, damaged)
+
+
+def _numbered(shards: list[_Shard]) -> dict[str, int]:
+    """One number for each text of all shards."""
+    strings: dict[str, int] = {}
+    for shard in shards:
+        for text in shard.strings:
+            strings.setdefault(text, len(strings))
+    return strings
+
+
+def _merged(shards: list[_Shard]) -> Tables:
+    """The tables of all shards one after the other; shards are emptied on the way."""
+    numbers = _numbered(shards)
+    rows = 0
+    added = dict.fromkeys((c for c in shards[0].tables if c.endswith(".ends")), 0)
+    for shard in shards:
+        own = np.array([numbers[t] for t in shard.strings], np.int32)
+        for column in shard.text_columns:
+            shard.tables[column] = own[shard.tables[column]]
+        for column in added:
+            ends = shard.tables[column]
+            shard.tables[column] = ends + added[column]
+            added[column] += int(ends[-1]) if len(ends) else 0
+        shard.tables["episodes"][:, 0] += rows
+        rows += int(shard.tables["episodes"][:, 1].sum())
+    columns = list(shards[0].tables)
+    return {c: np.concatenate([shard.tables.pop(c) for shard in shards]) for c in columns}
 
 
 def _map_file(descriptor: int, *, sequential: bool) -> memoryview:
     if not os.fstat(descriptor).st_size:
         return memoryview(b"")
     view = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM") and not sequential:
-        view.madvise(mmap.MADV_RANDOM)  # only headers are touched; do not read images ahead
+    if hasattr(mmap, "MADV_RANDOM"):
+        # Only headers are touched without verifying; images should not be read ahead then.
+        view.madvise(mmap.MADV_SEQUENTIAL if sequential else mmap.MADV_RANDOM)
     return memoryview(view)
 
 
@@ -302,50 +311,121 @@ def _num_steps(features: Mapping[str, Feature], spec: DatasetSpec) -> int:
 
 
 def _column(
-    feature: Feature | None, spec: FeatureSpec, steps: int, offset: int, strings: dict[str, int]
+    features: Mapping[str, Feature],
+    key: str,
+    spec: FeatureSpec,
+    steps: int,
+    offset: int,
+    strings: dict[str, int],
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The rows one episode adds to a column; an absent optional feature gives empty values.
+
+    Of ragged ones, all values and how many of them each step has.
+    """
+    rows = steps if key.startswith(STEPS) else 1
+    try:
+        if spec.kind == "ragged":
+            return _ragged(features, key, spec, rows, strings)
+        return _fixed(features.get(key), spec, rows, offset, strings), None
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _ragged(
+    features: Mapping[str, Feature],
+    key: str,
+    spec: FeatureSpec,
+    rows: int,
+    strings: dict[str, int],
+) -> tuple[np.ndarray, np.ndarray]:
+    flat, counts = (features.get(f"{key}/{part}") for part in RAGGED)
+    if counts is None:  # one list for the whole episode
+        flat = features.get(key, flat)
+        values = _values(flat, spec, strings)
+        _expect(rows == 1 or not len(values), f"row lengths for {rows} steps", "none")
+        return values, np.full(rows, len(values) if rows == 1 else 0, np.int64)
+    values, lengths = _values(flat, spec, strings), counts.ints()
+    _expect(len(lengths) == rows, f"{rows} row lengths", len(lengths))
+    _expect(
+        lengths.min(initial=0) >= 0 and lengths.sum() == len(values),
+        "lengths that add up",
+        lengths.sum(),
+    )
+    return values, lengths
+
+
+def _fixed(
+    feature: Feature | None, spec: FeatureSpec, rows: int, offset: int, strings: dict[str, int]
 ) -> np.ndarray:
-    """The rows one episode adds to a column; an absent optional feature gives empty values."""
     if spec.kind == "image":
-        spans = feature.spans() if feature else np.zeros((steps, 2), np.int64)
-        _expect_steps(len(spans), steps)
+        spans = feature.spans() if feature else np.zeros((rows, 2), np.int64)
+        _expect(len(spans) == rows, f"{rows} images as there are steps", len(spans))
         return spans + np.array([offset, 0])
+    if feature is None and spec.kind == "text":
+        return np.full(rows, strings.setdefault("", len(strings)), np.int32)
+    if feature is None:
+        return np.full((rows, *spec.shape), spec.absent, spec.dtype)
+    values = _values(feature, spec, strings)
     if spec.kind == "text":
-        texts = [s.decode() for s in feature.strings()] if feature else [""] * steps
-        _expect_steps(len(texts), steps)
+        _expect(len(values) == rows, f"{rows} texts as there are steps", len(values))
+        return values
+    _expect(len(values) == rows, f"{rows} steps of {list(spec.shape)}", f"{len(values)} such")
+    return values
+
+
+def _values(feature: Feature | None, spec: FeatureSpec, strings: dict[str, int]) -> np.ndarray:
+    """All values of a list, [n *shape]; of texts their numbers."""
+    if spec.codes:  # a text as numbers, one per character, filled up with zeros
+        codes = np.zeros((0, spec.codes), np.int64)
+        if feature is not None:
+            codes = feature.ints().reshape(-1, spec.codes)
+        texts = ["".join(map(chr, row[: _length(row)].tolist())) for row in codes]
+        return np.array([strings.setdefault(t, len(strings)) for t in texts], np.int32)
+    if _is_text(spec):
+        texts = [s.decode() for s in feature.strings()] if feature else []
         return np.array([strings.setdefault(t, len(strings)) for t in texts], np.int32)
     if feature is None:
-        return np.zeros((steps, *spec.shape), spec.dtype)
-    if spec.encoding != "none":
+        flat = np.zeros(0, spec.dtype)
+    elif spec.encoding != "none":
         unpack = zlib.decompress if spec.encoding == "zlib" else bytes
-        values = np.frombuffer(b"".join(map(unpack, feature.strings())), spec.dtype)
-    elif feature.kind == "float":
-        values = feature.floats()
+        flat = np.frombuffer(b"".join(map(unpack, feature.strings())), spec.dtype)
     else:
-        values = feature.ints()
-    if len(values) != steps * spec.size:
-        raise ValueError(f"expected {steps} steps of {spec.shape}, got {len(values)} numbers")
-    return values.reshape(steps, *spec.shape).astype(spec.dtype)
+        flat = feature.floats() if feature.kind == "float" else feature.ints()
+    _expect(
+        len(flat) % max(spec.size, 1) == 0, f"rows of {list(spec.shape)}", f"{len(flat)} numbers"
+    )
+    rows = len(flat) // spec.size if spec.size else 0
+    return flat.reshape(rows, *spec.shape).astype(spec.dtype)
 
 
-def _expect_steps(got: int, steps: int) -> None:
-    if got != steps:
-        raise ValueError(f"expected {steps} steps as in the other features, got {got}")
+def _length(codes: np.ndarray) -> int:
+    zeros = np.flatnonzero(codes == 0)
+    return int(zeros[0]) if len(zeros) else len(codes)
+
+
+def _expect(holds: bool, expected: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"expected {expected}, got {got}")
 
 
 def _stack(rows: list[np.ndarray], spec: FeatureSpec) -> np.ndarray:
     if rows:
         return np.concatenate(rows)
-    if spec.kind == "tensor":
-        return np.zeros((0, *spec.shape), spec.dtype)
-    return np.zeros((0, 2), np.int64) if spec.kind == "image" else np.zeros(0, np.int32)
+    if spec.kind == "image":
+        return np.zeros((0, 2), np.int64)
+    if _is_text(spec):
+        return np.zeros(0, np.int32)
+    return np.zeros((0, *spec.shape), spec.dtype)
+
+
+def _is_text(spec: FeatureSpec) -> bool:
+    return spec.kind == "text" or (spec.kind == "ragged" and spec.dtype == "string")
 
 
 def _is_kept(spec: FeatureSpec) -> bool:
-    if spec.kind == "tensor":
-        known = spec.dtype not in ("string", "object", "bfloat16")
-        return known and -1 not in spec.shape and spec.size <= LARGEST_ROW
-    return spec.kind in ("image", "text")
-
-
-def _file_name(column: str) -> str:
-    return column.replace("/", "__") + ".npy"
+    if spec.kind in ("image", "text"):
+        return True
+    if spec.kind == "ragged" and spec.dtype == "string":
+        return not spec.shape
+    known = spec.dtype not in ("", "string", "object", "bfloat16")
+    return known and -1 not in spec.shape and spec.size <= LARGEST_ROW

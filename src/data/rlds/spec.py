@@ -6,10 +6,9 @@ Here the leaves under `steps` and the others are two flat dictionaries of `Featu
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,19 @@ STEPS = "steps/"
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """One leaf: `kind` is image, text, tensor, or ragged (a sequence inside a step, not read)."""
+    """One leaf: `kind` is image, text, tensor, or ragged (a sequence of any length in each step).
+
+    The dtype and shape of a ragged leaf are those of one of its elements; without a dtype it is of
+    a kind that is not read.
+    """
 
     kind: str
     dtype: str
     shape: tuple[int, ...] = ()  # -1 where it varies
     encoding: str = "none"  # of a tensor: none, bytes or zlib; of an image: jpeg, png or ""
     description: str = ""
+    codes: int = 0  # of a text: stored as so many numbers, one per character
+    optional: bool = False  # a tensor that may be absent
 
     @classmethod
     def image(cls, height: int, width: int, *, encoding: str = "jpeg") -> FeatureSpec:
@@ -68,6 +73,14 @@ class FeatureSpec:
         """Numbers in one value of fixed shape."""
         return int(np.prod(self.shape, dtype=np.int64))
 
+    @property
+    def absent(self) -> float:
+        """What tfds reads where an optional value is absent: the smallest of the type."""
+        dtype = np.dtype(self.dtype)
+        if not self.optional or dtype.kind == "b":
+            return 0
+        return (np.finfo if dtype.kind == "f" else np.iinfo)(dtype).min
+
     def to_json(self) -> dict[str, Any]:
         """The node of `features.json`."""
         shape = {"dimensions": [str(d) for d in self.shape]} if self.shape else {}
@@ -79,6 +92,7 @@ class FeatureSpec:
             name, body = "text", {}
         elif self.kind == "tensor":
             name, body = "tensor", {"shape": shape, "dtype": self.dtype, "encoding": self.encoding}
+            body |= {"optional": True} if self.optional else {}
         else:
             raise ValueError(f"a {self.kind} feature cannot be written")
         class_key = "scalar" if self.kind == "tensor" and not self.shape else self.kind
@@ -111,8 +125,12 @@ class DatasetSpec:
 
     @classmethod
     def load(cls, path: str | Path) -> DatasetSpec:
-        """Read a `features.json` file."""
-        return cls.from_json(json.loads(Path(path).read_text()))
+        """Read a `features.json` file; ValueError where it is none."""
+        try:
+            return cls.from_json(json.loads(Path(path).read_text()))
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path}: expected the features of a data set, got {what}") from error
 
     def to_json(self) -> dict[str, Any]:
         """The tree that tfds reads."""
@@ -122,14 +140,6 @@ class DatasetSpec:
         return _tree_node(tree)
 
 
-def unknown_key(key: str, known: Iterable[str], *, where: str) -> ValueError:
-    """An error for a key that is not there: lists what is, and the nearest name."""
-    names = sorted(known)
-    near = difflib.get_close_matches(key, names, 1, 0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return ValueError(f"{where} has no {key!r}{hint} It has: {', '.join(names) or 'nothing'}")
-
-
 def _leaves(node: Mapping[str, Any], path: str) -> Iterable[tuple[str, FeatureSpec]]:
     if "featuresDict" in node:
         for name, child in node["featuresDict"].get("features", {}).items():
@@ -137,7 +147,7 @@ def _leaves(node: Mapping[str, Any], path: str) -> Iterable[tuple[str, FeatureSp
     elif "sequence" in node and path == STEPS.rstrip("/"):
         yield from _leaves(node["sequence"]["feature"], path)
     elif "sequence" in node:
-        yield path, FeatureSpec("ragged", "")
+        yield from _sequence(node["sequence"], path)
     else:
         yield path, _leaf(node, path)
 
@@ -156,11 +166,40 @@ def _leaf(node: Mapping[str, Any], path: str) -> FeatureSpec:
         body = node["tensor"]
         if body["dtype"] in ("string", "object") and not _shape(body):
             return FeatureSpec("text", "string", description=description)
+        if body["dtype"] not in ("string", "object", "bfloat16"):
+            np.dtype(body["dtype"])  # refuses what is no type
         encoding = body.get("encoding", "none")
-        return FeatureSpec("tensor", body["dtype"], _shape(body), encoding, description)
+        if encoding not in ("none", "bytes", "zlib"):
+            raise ValueError(f"{path}: expected an encoding none, bytes or zlib, got {encoding!r}")
+        if body["dtype"] == "int32" and _is_spelt(path, _shape(body)):
+            return FeatureSpec("text", "string", (), "none", description, _shape(body)[0])
+        optional = bool(body.get("optional"))
+        return FeatureSpec(
+            "tensor", body["dtype"], _shape(body), encoding, description, optional=optional
+        )
     if "classLabel" in node:
         return FeatureSpec("tensor", "int64", description=description)
-    return FeatureSpec("ragged", node.get("pythonClassName", ""), description=description)
+    if "boundingBox" in node:
+        body = node["boundingBox"]
+        return FeatureSpec("tensor", body.get("dtype", "float32"), _shape(body) or (4,))
+    return FeatureSpec("ragged", "", description=node.get("pythonClassName", description))
+
+
+def _sequence(node: Mapping[str, Any], path: str) -> Iterable[tuple[str, FeatureSpec]]:
+    """A list inside a step or an episode: of fixed length a further axis, otherwise ragged."""
+    length = int(node.get("length", -1))
+    for key, leaf in _leaves(node["feature"], path):
+        if length > 0 and leaf.kind == "tensor" and leaf.encoding == "none":
+            yield key, replace(leaf, shape=(length, *leaf.shape))
+        elif leaf.kind in ("tensor", "text") and leaf.encoding == "none" and not leaf.codes:
+            yield key, replace(leaf, kind="ragged")
+        else:
+            yield key, FeatureSpec("ragged", "")
+
+
+def _is_spelt(path: str, shape: tuple[int, ...]) -> bool:
+    """Some sets (language_table) keep instructions as code points in a long vector."""
+    return path.endswith("instruction") and len(shape) == 1 and shape[0] > 1
 
 
 def _shape(body: Mapping[str, Any]) -> tuple[int, ...]:

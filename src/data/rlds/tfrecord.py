@@ -15,6 +15,11 @@ from functools import lru_cache
 
 import numpy as np
 
+try:
+    import google_crc32c
+except ImportError:
+    google_crc32c = None
+
 HEADER_BYTES = 12  # length and its checksum
 FOOTER_BYTES = 4  # checksum of the payload
 
@@ -24,7 +29,17 @@ class CorruptRecordError(ValueError):
 
 
 def crc32c(data: bytes | memoryview) -> int:
-    """The Castagnoli CRC of `data`.
+    """The Castagnoli CRC of `data`."""
+    if google_crc32c is None:
+        return crc32c_numpy(data)
+    crc = 0
+    for start in range(0, len(data), _PIECE):  # the library wants bytes; copies stay in the cache
+        crc = google_crc32c.extend(crc, bytes(data[start : start + _PIECE]))
+    return crc
+
+
+def crc32c_numpy(data: bytes | memoryview) -> int:
+    """The same where the library is missing, at a fortieth of its speed.
 
     A CRC is linear, so long inputs are cut into lanes that advance together in numpy; neighbouring
     lanes are then merged by a table that stands for "advance over as many zero bytes".
@@ -70,13 +85,10 @@ def frame_record(payload: bytes) -> bytes:
     )
 
 
-def scan_records(
-    buffer: memoryview, *, name: str, check_payload: bool = False
-) -> Iterator[tuple[int, int]]:
-    """Yield the offset and length of each payload in a whole file.
+def scan_records(buffer: memoryview, *, name: str) -> Iterator[tuple[int, int]]:
+    """Yield the offset and length of each payload in a whole file, touching headers only.
 
-    Header checksums are always verified; payload checksums only with `check_payload`, because that
-    reads every byte. Raises CorruptRecordError naming the file and offset.
+    Raises CorruptRecordError naming the file and offset: behind a damaged header nothing is found.
     """
     position = 0
     while position < len(buffer):
@@ -97,15 +109,18 @@ def scan_records(
                 f"{name}: truncated record at offset {position}: expected {length + FOOTER_BYTES} "
                 f"bytes after the header, got {len(buffer) - start}"
             )
-        if check_payload:
-            (payload_crc,) = struct.unpack("<I", buffer[end : end + FOOTER_BYTES])
-            if masked_crc(buffer[start:end]) != payload_crc:
-                raise CorruptRecordError(
-                    f"{name}: the payload at offset {start} ({length} bytes) does not match its "
-                    "checksum"
-                )
         yield start, length
         position = end + FOOTER_BYTES
+
+
+def verify_record(buffer: memoryview, offset: int, length: int, *, name: str) -> None:
+    """Compare a payload with its checksum; CorruptRecordError names the file and offset."""
+    end = offset + length
+    (expected,) = struct.unpack("<I", buffer[end : end + FOOTER_BYTES])
+    if masked_crc(buffer[offset:end]) != expected:
+        raise CorruptRecordError(
+            f"{name}: the payload at offset {offset} ({length} bytes) does not match its checksum"
+        )
 
 
 class FileReader:
@@ -128,6 +143,11 @@ class FileReader:
                 "changed after it was indexed"
             )
         return data
+
+    def advise(self, path: str, offset: int, length: int) -> None:
+        """Let the kernel fetch a span in one go, for reads that come soon."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._open(path), offset, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Close all files; the reader can be used again."""
@@ -159,6 +179,7 @@ class FileReader:
 
 
 _LANE = 128
+_PIECE = 2**18
 
 
 def _byte_table() -> np.ndarray:

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from pizero.data.images import encode_image
+from pizero.data.index import unknown_key
 from pizero.data.rlds.example import Value, encode_example
-from pizero.data.rlds.spec import DatasetSpec, FeatureSpec, unknown_key
+from pizero.data.rlds.spec import DatasetSpec, FeatureSpec
 from pizero.data.rlds.tfrecord import FOOTER_BYTES, HEADER_BYTES, frame_record
 
 PARTS = ".parts"

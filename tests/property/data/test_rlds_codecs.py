@@ -9,7 +9,14 @@ from hypothesis.extra import numpy as npst
 
 from pizero.data import Normalizer, Statistics
 from pizero.data.rlds.example import decode_varints, encode_example, encode_varints, parse_example
-from pizero.data.rlds.tfrecord import _TABLE_LIST, crc32c, frame_record, scan_records
+from pizero.data.rlds.tfrecord import (
+    _TABLE_LIST,
+    crc32c,
+    crc32c_numpy,
+    frame_record,
+    scan_records,
+    verify_record,
+)
 
 quick = settings(deadline=None, max_examples=25)
 
@@ -51,14 +58,16 @@ def test_crc_equals_the_bytewise_one(piece, repeat):
     crc = 0xFFFFFFFF
     for byte in data:
         crc = _TABLE_LIST[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    assert crc32c(data) == crc ^ 0xFFFFFFFF
+    assert crc32c_numpy(data) == crc32c(data) == crc ^ 0xFFFFFFFF
 
 
 @quick
 @given(st.lists(st.binary(max_size=600), max_size=5))
 def test_records(payloads):
     data = b"".join(map(frame_record, payloads))
-    spans = scan_records(memoryview(data), name="f", check_payload=True)
+    spans = list(scan_records(memoryview(data), name="f"))
+    for start, size in spans:
+        verify_record(memoryview(data), start, size, name="f")
     assert [data[start : start + size] for start, size in spans] == payloads
 
 

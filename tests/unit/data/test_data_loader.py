@@ -10,10 +10,8 @@ import pytest
 import torch
 from rlds_demo import open_demo
 
-from pizero.data import Augmentation, Mix, TrainLoader, ValLoader
+from pizero.data import Mix, TrainLoader, ValLoader
 from pizero.types import Batch
-
-AUGMENTATION = Augmentation(shift=2, brightness=0.2, contrast=0.2)
 
 
 @pytest.fixture
@@ -24,7 +22,6 @@ def make_loader(demo, make_pipeline):
             "pipeline": make_pipeline(),
             "seed": 7,
             "global_batch_size": 24,
-            "augmentation": AUGMENTATION,
         }
         return TrainLoader(**(arguments | changes))
 
@@ -90,7 +87,7 @@ def test_batches_hold_the_frames_of_the_order(demo, make_pipeline, make_loader):
     _, frames = mix.locate(mix.order(7), np.arange(len(demo)))
     assert sorted(frames.tolist()) == list(range(len(demo)))
     pipeline = make_pipeline()
-    loader = make_loader(augmentation=None, global_batch_size=len(demo))
+    loader = make_loader(global_batch_size=len(demo))
     batch = _take(loader, 1)[0]
     expected = pipeline.collate(
         [pipeline.encode(demo.read(i)) for i in frames.tolist()], np.arange(37)
@@ -104,7 +101,7 @@ def test_each_dataset_may_have_its_own_pipeline(demo_path, make_pipeline, make_l
     other = make_pipeline(normalization={"state": "identity", "action": "identity"})
     mix = Mix(datasets={"a": demo, "b": demo}, weights={"a": 1, "b": 1})
     pipelines = {"a": make_pipeline(), "b": other}
-    loader = make_loader(dataset=mix, pipeline=pipelines, augmentation=None)
+    loader = make_loader(dataset=mix, pipeline=pipelines)
     batch = _take(loader, 1)[0]
     dataset, frame = mix.locate(mix.order(7), batch.sample.numpy())
     assert set(dataset.tolist()) == {0, 1}

@@ -14,6 +14,7 @@ from pizero.data.rlds.tfrecord import (
     frame_record,
     masked_crc,
     scan_records,
+    verify_record,
 )
 
 
@@ -39,7 +40,9 @@ def test_masked_crc_is_rotated_and_offset():
 def test_records_are_found_where_they_lie():
     payloads = [b"one", b"", b"x" * 5000]
     data = b"".join(map(frame_record, payloads))
-    spans = list(scan_records(memoryview(data), name="f", check_payload=True))
+    spans = list(scan_records(memoryview(data), name="f"))
+    for start, size in spans:
+        verify_record(memoryview(data), start, size, name="f")
     assert [data[start : start + size] for start, size in spans] == payloads
 
 
@@ -63,7 +66,7 @@ def test_wrong_checksums_are_refused():
     data[50] ^= 1
     assert list(scan_records(memoryview(data), name="f")) == [(12, 100)]  # payload unchecked
     with pytest.raises(CorruptRecordError, match=r"payload at offset 12 \(100 bytes\)"):
-        list(scan_records(memoryview(data), name="f", check_payload=True))
+        verify_record(memoryview(data), 12, 100, name="f")
     data[0] ^= 1
     with pytest.raises(CorruptRecordError, match="length at offset 0 does not match"):
         list(scan_records(memoryview(data), name="f"))
