@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -42,6 +42,8 @@ from pizero.agent.weights.folder import (
     read_description,
     write_description,
 )
+from pizero.data.normalize import expect_one_of
+from pizero.data.stats import load_statistics, statistics_names
 
 if TYPE_CHECKING:
     from pizero.data.pipeline import PolicyPipeline
@@ -101,17 +103,19 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     packages: Sequence[str] = ("pizero",),
+    dataset: str | None = None,
 ) -> tuple[DictConfig, PiZero, PolicyPipeline, dict[str, Any]]:
     """Configuration, model with its weights, pipeline and metadata, from the folder alone.
 
-    `path` is a checkpoint or the run folder it lies in (then the newest). Refuses a folder whose
+    `path` is a checkpoint or the run folder it lies in (then the newest). `dataset` names one of
+    the mix, where each has a pipeline of its own. Refuses a folder whose
     parts do not belong together, with both values. Only classes from `packages` are built, as a
     configuration can name any code: add your own package if you trust the folder.
     """
     folder = find_checkpoint(path)
     config, metadata = read_description(folder)
     model = load_model(folder, device=device, dtype=dtype, packages=packages).model
-    pipeline = build_pipeline(config.pipeline, folder, packages=packages)
+    pipeline = build_pipeline(config, folder, dataset=dataset, packages=packages)
     return config, model, pipeline, metadata
 
 
@@ -121,13 +125,37 @@ def step_of(folder: Path) -> int:
 
 
 def build_pipeline(
-    node: Any, folder: Path, *, packages: Sequence[str] | None = None
+    config: Any, folder: Path, *, dataset: str | None = None, packages: Sequence[str] | None = None
 ) -> PolicyPipeline:
-    """The configured pipeline, with the statistics and the tokenizers that lie in `folder`."""
-    files = {"statistics": folder / "stats.json", "tokenizer": folder / "tokenizer.model"}
+    """The configured pipeline, with the statistics and the tokenizers that lie in `folder`.
+
+    `config` is a run's, resolved. `dataset` says which one, where each data set has its own.
+    """
+    node, own = _plain(config.pipeline), pipelines_of(config)
+    statistics: Any = folder / "stats.json"
+    if own is not None:
+        names = statistics_names(statistics)
+        if dataset is None and len(names) == 1:
+            dataset = names[0]
+        if dataset is None:
+            raise ValueError(
+                f"{folder} has a pipeline for each of {', '.join(names)}; name one (dataset=)"
+            )
+        expect_one_of("dataset", dataset, names)
+        node = {**node, **own.get(dataset, {})}
+        statistics = load_statistics(statistics, dataset=dataset)
+    elif dataset is not None:
+        raise ValueError(f"{folder} has one pipeline for all data; dataset {dataset!r} is not told")
+    files = {"statistics": statistics, "tokenizer": folder / "tokenizer.model"}
     if all((folder / name).is_file() for name in FAST_FILES):
         files["action_tokenizer"] = folder
     return build(node, path="pipeline", packages=packages, **files)
+
+
+def pipelines_of(config: Any) -> dict[str, dict[str, Any]] | None:
+    """What each data set of a mix changes in the pipeline; None: one pipeline for all."""
+    own = _plain(config.get("pipelines") if isinstance(config, Mapping) else config.pipelines)
+    return None if own is None else {name: changes or {} for name, changes in own.items()}
 
 
 @torch.no_grad()
@@ -184,6 +212,10 @@ def clean(root: Path) -> None:
                 folder.unlink()
             else:
                 shutil.rmtree(folder)
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
 
 
 def _write_weights(folder: Path, model: nn.Module, average: WeightAverage | None) -> None:

@@ -73,6 +73,8 @@ class DataConfig:
     val: Any
     augment: Any
     workers: int  # reading processes per rank; 0 reads in the training process
+    order: str
+    window: int
 
 
 @dataclass
@@ -122,6 +124,7 @@ class TrainConfig:
     seed: int
     model: Any
     pipeline: Any
+    pipelines: dict[str, Any] | None  # of a mix: what each data set changes in the pipeline
     data: DataConfig
     tokenizer: TokenizerConfig
     action_tokenizer: ActionTokenizerConfig

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,19 @@ class Trainer:
         data = build(config.data.train, path="data.train")
         held_out = build(config.data.val, path="data.val")
         prepare.learn_from_data(config, data, ranks, previous=previous)
-        self.pipeline = checkpoint.build_pipeline(config.pipeline, self.folder)
+        names = prepare.by_pipeline(config, data)
+        pipelines = {
+            name: checkpoint.build_pipeline(config, self.folder, dataset=name) for name in names
+        }
+        # What all have in common (sizes, words) is asked of any.
+        self.pipeline = next(iter(pipelines.values()))
+        pipeline = self.pipeline
+        if None not in pipelines:
+            pipeline = {name: p for name, p in pipelines.items() if name is not None}
+        self.units = self.pipeline if len(pipelines) == 1 else None  # robots may differ in them
+        self.augmentation = None
+        if config.data.augment is not None:
+            self.augmentation = build(config.data.augment, path="data.augment")
         self.data = {"train": prepare.describe(data), "val": prepare.describe(held_out)}
         self.model = self._make_model()
         self.loss = loss_of(self.model, self.pipeline, config)
@@ -91,22 +104,22 @@ class Trainer:
             )
         self.loader = TrainLoader(
             dataset=data,
-            pipeline=self.pipeline,
+            pipeline=pipeline,
             seed=config.seed,
             global_batch_size=config.batch_size,
             rank=ranks.rank,
             world_size=ranks.world_size,
             start_sample=self.first_step * config.batch_size,
             accumulate=self.passes,
-            augmentation=None
-            if config.data.augment is None
-            else build(config.data.augment, path="data.augment"),
+            order=config.data.order,
+            window=config.data.window,
             num_workers=config.data.workers,
             pin_memory=ranks.device.type == "cuda",
         )
+        self.skipped = 0  # damaged samples, on all ranks
         self.val_loader = ValLoader(
             dataset=held_out,
-            pipeline=self.pipeline,
+            pipeline=pipeline,
             seed=config.seed,
             num_samples=config.validate.frames,
             global_batch_size=config.validate.batch_size,
@@ -157,7 +170,7 @@ class Trainer:
         entries = ranks.sum(entries.to(ranks.device))
         part = torch.zeros((), device=ranks.device)
         for i, batch in enumerate(batches):
-            inputs = self.loss.inputs(batch, ranks.device)
+            inputs = self._augmented(self.loss.inputs(batch, ranks.device), batch)
             counted = self.loss.counted(batch).to(ranks.device, non_blocking=True)
             with self._gradients_meet(i == len(batches) - 1):
                 with self.autocast():
@@ -175,6 +188,16 @@ class Trainer:
         if self.average is not None:
             self.average.update(step - 1)
         return part, norm, rates
+
+    def _augmented(self, inputs: tuple[Any, ...], batch: Batch) -> tuple[Any, ...]:
+        """The model's inputs with augmented pictures, made on the device."""
+        if self.augmentation is None:
+            return inputs
+        observation, *others = inputs
+        images = self.augmentation(
+            observation.images, seed=self.config.seed, samples=batch.sample.numpy()
+        )
+        return (replace(observation, images=images), *others)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of forward passes."""
@@ -248,7 +271,8 @@ class Trainer:
         limit = self.config.max_minutes
         wants = [self.signals.received is not None, limit is not None and minutes >= limit]
         parts = torch.stack([part for _, part, _, _ in pending]).double()
-        flags = torch.tensor(wants, dtype=torch.float64, device=self.ranks.device)
+        flags = [*map(float, wants), float(self.loader.skipped)]
+        flags = torch.tensor(flags, dtype=torch.float64, device=self.ranks.device)
         summed = self.ranks.sum(torch.cat([parts, flags])).tolist()
         norms = torch.stack([norm for _, _, norm, _ in pending]).tolist()
         rows = [
@@ -256,22 +280,25 @@ class Trainer:
             for (step, _, _, rates), loss, norm in zip(pending, summed, norms, strict=False)
         ]
         journal.train(rows)
+        if summed[-1] > self.skipped:
+            self.skipped = int(summed[-1])
+            journal.say(f"{self.skipped} damaged samples were replaced by their neighbours so far")
         for row in rows:
             if not float("-inf") < row["loss"] < float("inf"):
                 raise ValueError(
                     f"the loss is {row['loss']} at step {row['step']}. The last checkpoint is from "
                     "before; a lower optim.lr, a longer schedule.warmup or precision=fp32 may help"
                 )
-        if summed[-2]:
+        if summed[-3]:
             return self.signals.received or "a signal to another rank"
-        return f"max_minutes={limit}" if summed[-1] else None
+        return f"max_minutes={limit}" if summed[-2] else None
 
     def _validate(self, journal: Journal, step: int) -> None:
         with nullcontext() if self.average is None else self.average.applied():
             metrics, examples = validate(
                 self.model,
                 self.loss,
-                self.pipeline,
+                self.units,
                 self.val_loader,
                 ranks=self.ranks,
                 thresholds=self.config.validate.thresholds,

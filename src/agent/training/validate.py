@@ -27,7 +27,7 @@ NUM_EXAMPLES = 4
 def validate(
     model: PiZero | PiZeroFast,
     loss: Loss,
-    pipeline: PolicyPipeline,
+    pipeline: PolicyPipeline | None,
     batches: Iterable[Batch],
     *,
     ranks: Ranks,
@@ -38,7 +38,8 @@ def validate(
 
     `loss` is the training loss. `action_l1` is the mean error of predicted chunks in normalised
     units, `robot_l1/i` that of action dimension i in the robot's own. `accuracy_x` is the share of
-    actions all of whose dimensions are within x, normalised. Padding counts nowhere.
+    actions all of whose dimensions are within x, normalised. Padding counts nowhere. Without a
+    pipeline, as where robots differ, there is nothing in robot units.
 
     `undecodable` is the share of answers that spell no chunk, where chunks are spelt. They are no
     part of the errors, which are left out where there is no other answer, and accurate nowhere.
@@ -57,9 +58,12 @@ def validate(
         sums.add_losses(losses.float().cpu(), loss.counted(batch))
         if found is None:
             continue
-        predicted = _robot_units(pipeline, found.actions)
-        recorded = _robot_units(pipeline, batch.actions)
-        sums.add(batch, found, np.abs(predicted - recorded))
+        predicted, recorded = found.actions.numpy(), batch.actions.numpy()
+        if pipeline is not None:
+            predicted = _robot_units(pipeline, found.actions)
+            recorded = _robot_units(pipeline, batch.actions)
+            sums.add_robot(batch, found, np.abs(predicted - recorded))
+        sums.add(batch, found)
         for i in found.readable.nonzero()[: NUM_EXAMPLES - len(examples), 0].tolist():
             images = batch.observation.images[i].numpy()
             examples.append(Example(images=images, predicted=predicted[i], recorded=recorded[i]))
@@ -85,7 +89,7 @@ class _Sums:
         counted = counted.expand_as(losses)
         self.loss += torch.stack([losses[counted].double().sum(), counted.sum().double()])
 
-    def add(self, batch: Batch, found: Predicted, robot_error: np.ndarray) -> None:
+    def add(self, batch: Batch, found: Predicted) -> None:
         read = found.readable[:, None]
         mask = batch.action_mask & read[..., None]
         error = (found.actions - batch.actions).abs().masked_fill(~mask, 0.0)
@@ -96,14 +100,16 @@ class _Sums:
         self.within += torch.stack([steps.sum(), *hits]).double()
         unread = (~found.readable).sum()
         self.unread += torch.stack([unread, torch.tensor(len(read))]).double()
-        steps = mask.any(-1)
+
+    def add_robot(self, batch: Batch, found: Predicted, robot_error: np.ndarray) -> None:
+        steps = (batch.action_mask & found.readable[:, None, None]).any(-1)
         summed = torch.from_numpy(robot_error).double()[steps].sum(0)
         summed = torch.cat([steps.sum().double()[None], summed])
         self.robot = summed if self.robot is None else self.robot + summed
 
     def metrics(self, ranks: Ranks) -> dict[str, float]:
-        assert self.robot is not None, "a rank without validation frames"
-        parts = [self.loss, self.l1, self.within, self.unread, self.robot]
+        robot = torch.zeros(1, dtype=torch.float64) if self.robot is None else self.robot
+        parts = [self.loss, self.l1, self.within, self.unread, robot]
         total = ranks.sum(torch.cat(parts).to(ranks.device)).cpu()
         loss, l1, within, unread, robot = total.split([len(p) for p in parts])
         found = {"loss": loss[0] / loss[1], "undecodable": unread[0] / unread[1]}

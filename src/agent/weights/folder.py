@@ -78,8 +78,8 @@ def read_description(folder: Path) -> tuple[DictConfig, dict[str, Any]]:
     assert isinstance(nodes, dict)
     wrong = [
         f"{key} is {was!r} in metadata.json and {now!r} in config.yaml"
-        for part in ("model", "pipeline")
-        for key, was, now in differences(metadata[part], nodes[part], part)
+        for part in ("model", "pipeline", "pipelines")
+        for key, was, now in differences(metadata.get(part), nodes.get(part), part)
     ]
     wrong += [
         f"{name} had digest {was} when it was saved and has {digest(folder / name)} now"
@@ -116,6 +116,7 @@ def write_description(
         "parameters": parameters,
         "model": nodes["model"],
         "pipeline": nodes["pipeline"],
+        **({} if nodes.get("pipelines") is None else {"pipelines": nodes["pipelines"]}),
         "files": {name: digest(folder / name) for name in FILES if (folder / name).exists()},
         **more,
     }
