@@ -130,6 +130,18 @@ def test_robot_builds_and_completes_a_pipeline(path: Path, tmp_path: Path) -> No
     assert actions.shape == (2, pipeline.robot_action_dim)
 
 
+@pytest.mark.parametrize("path", [p for p in GROUP_FILES if p.parts[0] == "augment"], ids=str)
+def test_recipe_builds_for_the_cameras_of_a_pipeline(path: Path) -> None:
+    node = compose_group("augment", path.stem)["augment"]
+    recipe = build(node, path="augment", cameras=["base_0_rgb", "left_wrist_0_rgb"])
+    assert recipe.colour_only == (() if path.stem in ("openvla", "shift") else (1,))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 2, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    result = recipe(images, seed=0, samples=np.arange(4))
+    assert not torch.equal(result, images)
+    assert result.dtype == images.dtype
+
+
 def test_a_robot_is_added_to_a_pipeline_on_the_command_line() -> None:
     config = load_config(
         "train_bridge", ["+robot@pipeline.robot=widowx", *overrides_of("train_bridge")]
