@@ -21,7 +21,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pizero.agent.config import (
     check_primary,
-    compose_config,
     config_dir,
     locate,
     primary_configs,
@@ -46,6 +45,7 @@ configs and their commands:
 
 
 NAME_FLAGS = ("--config-name", "-cn")
+FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 def main() -> None:
@@ -63,11 +63,24 @@ def main() -> None:
         try:
             for name in named_configs(arguments):
                 check_primary(name)
-                check_overrides(name, arguments)
         except ValueError as error:
             sys.exit(message(error))
     sys.argv[1:] = with_quiet_hydra(arguments)
-    hydra.main(version_base="1.3", config_path=str(config_dir()))(run)()
+    # Without this Hydra prints what it refuses itself, in several lines, and leaves.
+    before = os.environ.get(FULL_ERROR)
+    os.environ[FULL_ERROR] = "1"
+
+    def start(composed: DictConfig) -> None:
+        _restore(before)
+        run(composed)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir()))(start)()
+    except (HydraException, OmegaConfBaseException) as error:
+        _restore(before)
+        if before == "1":
+            raise
+        sys.exit(f"error: {explained(error)}")
 
 
 def named_configs(arguments: list[str]) -> list[str]:
@@ -81,29 +94,16 @@ def named_configs(arguments: list[str]) -> list[str]:
     return names
 
 
-def check_overrides(name: str, arguments: list[str]) -> None:
-    """Raise ValueError, in one line with the nearest name, where Hydra would refuse the overrides.
-
-    Hydra's own words take several lines and suggest to add the misspelt key.
-    """
-    if {"-m", "--multirun"} & set(arguments):
-        return  # key=1,2,3 composes only once it has been taken apart
-    try:
-        compose_config(name.removesuffix(".yaml"), [a for a in arguments if is_override(a)])
-    except HydraException as error:
-        raise ValueError(f"config {name!r}: {explained(error)}") from error
-
-
-def explained(error: HydraException) -> str:
-    """What Hydra refuses, in one line."""
+def explained(error: Exception) -> str:
+    """What Hydra refuses, in one line with the nearest name (it would offer to add the new one)."""
     cause = error.__cause__
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return f"no {option!r} in the group {group!r}{nearest(option, error.options)}"
+        return f"config has no {option!r} in the group {group!r}{nearest(option, error.options)}"
     if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
         known = [str(k) for k in cause.parent_node if k not in ("hydra", "_target_")]
         hint = nearest(str(cause.key), known) or f"; +{cause.full_key}=... adds it"
-        return f"no key {cause.full_key!r}{hint}"
+        return f"config has no key {cause.full_key!r}{hint}"
     return " ".join(str(error).split())
 
 
@@ -121,7 +121,7 @@ def run(composed: DictConfig) -> None:
         config = typed_root(composed)
         locate(config._target_)(config).run()
     except Exception as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if os.environ.get(FULL_ERROR) == "1":
             raise
         sys.exit(message(error))
     except KeyboardInterrupt:
@@ -138,6 +138,13 @@ def message(error: Exception) -> str:
         f"{rank}error: {type(error).__name__}: {error}\n"
         f"  at {frame.filename}:{frame.lineno} in {frame.name}; HYDRA_FULL_ERROR=1 shows more"
     )
+
+
+def _restore(before: str | None) -> None:
+    """Put HYDRA_FULL_ERROR back, which processes that a workspace starts would inherit."""
+    os.environ.pop(FULL_ERROR, None)
+    if before is not None:
+        os.environ[FULL_ERROR] = before
 
 
 def usage() -> str:
