@@ -97,3 +97,10 @@ def test_chunk_plot_is_a_picture() -> None:
     picture = chunk_plot(example())
     assert picture.dtype == np.uint8
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10
+
+
+def test_without_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    tracker = WandbTracker(project="p", entity=None, mode="offline")
+    with pytest.raises(ValueError, match=r"needs wandb: pip install 'pizero\[tracking\]'"):
+        tracker.start(folder=tmp_path, name="toy", config={})

@@ -21,6 +21,7 @@ generator and differ from run to run).
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -114,7 +115,7 @@ class MetaworldSimulator:
             "action_dim": 4,
             "control_hz": 80.0 / HOLD,
             "max_steps": self._max_steps,
-            "version": ", ".join(f"{x} {metadata.version(x)}" for x in ("metaworld", "mujoco")),
+            "version": _version(),
         }
 
     def reset(
@@ -246,9 +247,7 @@ class _Scene:
         try:
             from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         except ImportError as error:
-            raise RuntimeError(
-                f"Metaworld is not installed here ({error}): pip install 'pizero[metaworld]'"
-            ) from error
+            raise _not_installed(error) from error
         self.task = task
         self.steps = 0
         self._env: Any = ALL_V3_ENVIRONMENTS[f"{task.name}-v3"]()
@@ -358,6 +357,19 @@ class _Scene:
             axes = np.round(data.xmat[body].reshape(3, 3)) if camera.on_hand else None
             place_camera(model, slot, camera, axes)
         return slots
+
+
+def _version() -> str:
+    try:
+        return ", ".join(f"{name} {metadata.version(name)}" for name in ("metaworld", "mujoco"))
+    except metadata.PackageNotFoundError as error:
+        raise _not_installed(error) from error
+
+
+def _not_installed(error: ImportError) -> ValueError:
+    return ValueError(
+        f"Metaworld is not installed in {sys.executable} ({error}): pip install 'pizero[metaworld]'"
+    )
 
 
 def _bounds(env: Any) -> tuple[np.ndarray, np.ndarray]:

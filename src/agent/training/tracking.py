@@ -50,8 +50,7 @@ class WandbTracker:
 
     def start(self, *, folder: Path, name: str, config: Mapping[str, Any]) -> None:
         """Open the run, or continue the one this run folder began."""
-        import wandb
-
+        wandb = _wandb()
         remembered = folder / "wandb_id"
         if not remembered.exists():
             remembered.write_text(secrets.token_hex(4))
@@ -77,8 +76,7 @@ class WandbTracker:
 
     def show(self, step: int, examples: Sequence[Example]) -> None:
         """Send what the policy saw, and its chunk beside the recorded one."""
-        import wandb
-
+        wandb = _wandb()
         pictures = [wandb.Image(strip(example.images)) for example in examples]
         chunks = [wandb.Image(chunk_plot(example)) for example in examples]
         self._run.log({"step": step, "val/seen": pictures, "val/chunks": chunks})
@@ -86,6 +84,14 @@ class WandbTracker:
     def finish(self) -> None:
         """Close the run."""
         self._run.finish()
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise ValueError("the tracker needs wandb: pip install 'pizero[tracking]'") from error
+    return wandb
 
 
 def strip(images: np.ndarray) -> np.ndarray:

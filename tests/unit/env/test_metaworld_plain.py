@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -55,6 +57,17 @@ def test_mistakes_are_named():
         simulator().reset(task="push", start=0, pool="evel")
     with pytest.raises(ValueError, match="reset comes before run"):
         simulator().run(actions=np.zeros((1, 4)))
+
+
+def test_without_metaworld(monkeypatch):
+    monkeypatch.setattr(metadata.Distribution, "discover", lambda **_: iter(()))
+    monkeypatch.setitem(sys.modules, "metaworld", None)
+    monkeypatch.setitem(sys.modules, "metaworld.env_dict", None)
+    message = r"Metaworld is not installed in .*: pip install 'pizero\[metaworld\]'"
+    with pytest.raises(ValueError, match=message):
+        simulator().describe()
+    with pytest.raises(ValueError, match=message):
+        simulator().reset(task="push", start=0)
 
 
 @pytest.mark.parametrize("task", ["push", "pick-place", "button-press", "drawer-close", "reach"])
