@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from pizero.data.checksum import crc32c
 from pizero.data.hashing import mix_bits
 from pizero.data.images import decode_image
 from pizero.data.index import Index
 from pizero.data.rlds.index import open_index
-from pizero.data.rlds.tfrecord import FileReader
+from pizero.data.rlds.tfrecord import CorruptRecordError, FileReader
 from pizero.data.select import Filters, parse_split, split_range, subset
 from pizero.data.standardize import Rule, Standardized, concatenate, standardized
 
@@ -238,10 +239,17 @@ class EpisodeDataset:
         """The image of each row of the index, uint8 [h w 3]; None where one is empty."""
         path = self.index.files[int(self.index.shard[self.episodes[episode]])]
         pictures = []
-        for offset, size in self.index.step_values(key)[rows].tolist():
+        crcs = self.index.image_crcs(key)
+        for row, (offset, size) in zip(
+            rows, self.index.step_values(key)[rows].tolist(), strict=True
+        ):
             if not size:
                 return None
             data = self._files.read(path, offset, size)
+            if crcs is not None and crc32c(data) != crcs[row]:
+                raise CorruptRecordError(
+                    f"{path}, {key} at offset {offset}: the image changed after it was indexed"
+                )
             try:
                 pictures.append(decode_image(data))
             except ValueError as error:

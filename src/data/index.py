@@ -27,7 +27,10 @@ from typing import Any
 
 import numpy as np
 
-SCHEMA = 3
+from pizero.data.checksum import crc_of_file
+from pizero.data.files import parse_json
+
+SCHEMA = 4
 MANIFEST = "manifest.json"
 OWN = "index:"  # before a file's name: it lies in the index's folder, not in the data set's
 
@@ -66,9 +69,7 @@ class Contents:
 
     def write(self, folder: Path) -> None:
         """Write the arrays and the manifest into an empty folder."""
-        for column, table in self.tables.items():
-            np.save(folder / file_name(column), table)
-        manifest = {
+        description = {
             "files": self.files,
             "columns": {name: asdict(column) for name, column in self.columns.items()},
             "strings": self.strings,
@@ -76,12 +77,64 @@ class Contents:
             "absent": self.absent,
             "damaged": self.damaged,
             "facts": self.facts,
-            "arrays": {file_name(c): (folder / file_name(c)).stat().st_size for c in self.tables},
         }
-        (folder / MANIFEST).write_text(json.dumps(manifest))
+        write_arrays(folder, self.tables, description)
 
 
-class Index:
+class ArrayFolder:
+    """Arrays and a manifest in a folder of ours.
+
+    Both are compared with their checksums on first use, so damage is an error and not other data;
+    then arrays are mapped.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._arrays: dict[str, np.ndarray] = {}
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What was written with the arrays; ValueError if it is not what was written."""
+        try:
+            manifest = parse_json((self.folder / MANIFEST).read_text())
+            if manifest.pop("digest") != fingerprint(manifest):
+                raise ValueError("the manifest is not what was written")
+            return manifest
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._damaged(error) from error
+
+    def array(self, name: str) -> np.ndarray:
+        """A mapped array by the name it was written with."""
+        if name not in self._arrays:
+            path = self.folder / file_name(name)
+            try:
+                found = [path.stat().st_size, crc_of_file(path)]
+                if found != self.manifest["arrays"][path.name]:
+                    raise ValueError(f"{path.name} does not match its checksum")
+                mapped = np.load(path, mmap_mode="r")
+            except (OSError, ValueError, KeyError) as error:
+                raise self._damaged(error) from error
+            self._arrays[name] = mapped.view(np.ndarray)  # without the cost of the memmap class
+        return self._arrays[name]
+
+    def has_array(self, name: str) -> bool:
+        """Whether an array of this name was written."""
+        return file_name(name) in self.manifest["arrays"]
+
+    def _damaged(self, error: Exception) -> ValueError:
+        return ValueError(
+            f"{self.folder} is damaged ({error}); it was made from the data: remove that folder "
+            "and it is made again"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+
+class Index(ArrayFolder):
     """An opened index. Arrays are mapped on first use and dropped when pickled.
 
     `starts` and `lengths` [episodes] are rows of the step tables; `shard` [episodes] says which of
@@ -89,23 +142,9 @@ class Index:
     """
 
     def __init__(self, folder: Path, directory: Path) -> None:
-        self.folder, self.directory = folder, directory
+        super().__init__(folder)
+        self.directory = directory
         self._columns: dict[tuple[str, str, str], np.ndarray] = {}
-
-    @cached_property
-    def manifest(self) -> dict[str, Any]:
-        """What the index was made from; ValueError if the index itself is damaged."""
-        try:
-            manifest = json.loads((self.folder / MANIFEST).read_text())
-            for name, size in manifest["arrays"].items():
-                if (got := (self.folder / name).stat().st_size) != size:
-                    raise ValueError(f"{name} has {got} bytes, expected {size}")
-            return manifest
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"the index {self.folder} is damaged ({error}); remove that folder and it is made "
-                "again"
-            ) from error
 
     @cached_property
     def files(self) -> list[str]:
@@ -145,7 +184,7 @@ class Index:
 
     @cached_property
     def _episodes(self) -> np.ndarray:
-        return self._load("episodes")
+        return self.array("episodes")
 
     @property
     def starts(self) -> np.ndarray:
@@ -173,7 +212,12 @@ class Index:
     def row_ends(self, key: str) -> np.ndarray:
         """Where each step's values end in the flat values of a ragged key, int64 [steps]."""
         self._check("steps", key, "ragged")
-        return self._load(f"steps.{key}.ends")
+        return self.array(f"steps.{key}.ends")
+
+    def image_crcs(self, key: str) -> np.ndarray | None:
+        """CRC32C of each image's bytes, uint32 [steps]; None where they were not read."""
+        name = f"steps.{key}.crc"
+        return self.array(name) if self.has_array(name) else None
 
     def texts(self, numbers: np.ndarray) -> list[str]:
         """The strings that a text column stands for."""
@@ -183,7 +227,7 @@ class Index:
         column = self._columns.get((group, key, kind))
         if column is None:
             self._check(group, key, kind)
-            column = self._columns[group, key, kind] = self._load(f"{group}.{key}")
+            column = self._columns[group, key, kind] = self.array(f"{group}.{key}")
         return column
 
     def _check(self, group: str, key: str, kind: str) -> None:
@@ -195,21 +239,22 @@ class Index:
             choices = [k for k, c in stored.items() if kind in ("any", c.kind)]
             raise unknown_key(key, choices, where=f"{where}, {kind} features,")
 
-    def _load(self, column: str) -> np.ndarray:
-        try:
-            mapped = np.load(self.folder / file_name(column), mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"the index {self.folder} is damaged ({column}: {error}); remove that folder and "
-                "it is made again"
-            ) from error
-        return mapped.view(np.ndarray)  # still mapped, without the cost of the memmap class
-
-    def __getstate__(self) -> dict[str, Path]:
+    def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "directory": self.directory}
 
-    def __setstate__(self, state: dict[str, Path]) -> None:
-        self.__init__(**state)
+
+def write_arrays(
+    folder: Path, arrays: Mapping[str, np.ndarray], description: Mapping[str, Any]
+) -> None:
+    """Write arrays and a manifest as ArrayFolder reads them; `description` is plain values."""
+    written = {}
+    for name, array in arrays.items():
+        path = folder / file_name(name)
+        np.save(path, array)
+        written[path.name] = [path.stat().st_size, crc_of_file(path)]
+    manifest = {**description, "arrays": written}
+    manifest = json.loads(json.dumps(manifest))  # tuples are lists from here on
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"digest": fingerprint(manifest)}))
 
 
 def homes(directory: Path) -> list[Path]:

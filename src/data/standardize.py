@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from pizero.data.index import MANIFEST, Index, fingerprint, homes, make_once
+from pizero.data.index import ArrayFolder, Index, fingerprint, homes, make_once, write_arrays
 
 Episode = Mapping[str, np.ndarray]  # keys of the steps -> [T ...]; texts are object arrays of str
 
@@ -42,30 +40,23 @@ class Rule:
     function: Callable[[Episode], Standard]
 
 
-class Standardized:
-    """All episodes of an index after a rule; arrays are over the steps that stay.
-
-    Mapped on first use and dropped when pickled, as an Index.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._arrays: dict[str, np.ndarray] = {}
+class Standardized(ArrayFolder):
+    """All episodes of an index after a rule; arrays are over the steps that stay."""
 
     @property
     def state(self) -> np.ndarray:
         """float32 [steps S]."""
-        return self._array("state")
+        return self.array("state")
 
     @property
     def action(self) -> np.ndarray:
         """float32 [steps A]."""
-        return self._array("action")
+        return self.array("action")
 
     @property
     def lengths(self) -> np.ndarray:
         """Steps of each episode that stay, int64 [episodes]; an episode may have become empty."""
-        return self._array("lengths")
+        return self.array("lengths")
 
     @property
     def starts(self) -> np.ndarray:
@@ -75,46 +66,17 @@ class Standardized:
     @property
     def rows(self) -> np.ndarray | None:
         """The step in the index that each row here is, int64 [steps]; None: the same."""
-        return self._array("rows") if "rows" in self._manifest["arrays"] else None
+        return self.array("rows") if self.has_array("rows") else None
 
     @property
     def texts(self) -> np.ndarray | None:
         """Numbers into `strings`, int32 [steps]; None: the texts are the index's own."""
-        return self._array("texts") if "texts" in self._manifest["arrays"] else None
+        return self.array("texts") if self.has_array("texts") else None
 
     @property
     def strings(self) -> list[str]:
         """The distinct texts."""
-        return self._manifest["strings"]
-
-    @cached_property
-    def _manifest(self) -> dict[str, Any]:
-        try:
-            manifest = json.loads((self.folder / MANIFEST).read_text())
-            return {"arrays": list(manifest["arrays"]), "strings": list(manifest["strings"])}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(error) from error
-
-    def _array(self, name: str) -> np.ndarray:
-        if name not in self._arrays:
-            try:
-                mapped = np.load(self.folder / f"{name}.npy", mmap_mode="r")
-            except (OSError, ValueError) as error:
-                raise self._damaged(error) from error
-            self._arrays[name] = mapped.view(np.ndarray)
-        return self._arrays[name]
-
-    def _damaged(self, error: Exception) -> ValueError:
-        return ValueError(
-            f"the standardised arrays {self.folder} are damaged ({error}); remove that folder and "
-            "they are made again"
-        )
-
-    def __getstate__(self) -> dict[str, Path]:
-        return {"folder": self.folder}
-
-    def __setstate__(self, state: dict[str, Path]) -> None:
-        self.__init__(**state)
+        return self.manifest["strings"]
 
 
 def concatenate(*, state: Sequence[str], action: Sequence[str]) -> Rule:
@@ -169,10 +131,7 @@ def _make(index: Index, rule: Rule, folder: Path) -> None:
         arrays["rows"] = moved
     if texts:
         arrays["texts"] = np.concatenate([np.array(t, np.int32) for t in texts])
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
-    manifest = {"arrays": sorted(arrays), "strings": list(strings)}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_arrays(folder, arrays, {"strings": list(strings)})
 
 
 def _episode(index: Index, keys: Sequence[str], start: int, length: int) -> Episode:

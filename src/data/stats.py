@@ -6,8 +6,8 @@ openpi's with more entries (min, max, count); which one a file has shows in its 
 
 from __future__ import annotations
 
+import difflib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,8 @@ import numpy as np
 from safetensors.numpy import load_file, save
 
 from pizero.data.dataset import EpisodeDataset
+from pizero.data.files import parse_json, read_json, write_whole
+from pizero.data.index import fingerprint
 from pizero.data.mix import Mix
 from pizero.data.normalize import subtract_state
 
@@ -104,6 +106,7 @@ _NAMES = {  # of a group in some file -> ours
     "actions": "action",
 }
 _FIELDS = {"p01": "q01", "p99": "q99"}
+_OTHERS = ("mask", "count", "q10", "q50", "q90")
 _OPENPI = ("mean", "std", "q01", "q99")
 
 
@@ -157,10 +160,10 @@ def save_statistics(
         tensors = {
             f"{g}.{k}": v.astype(np.float32) for g, a in groups.items() for k, v in a.items()
         }
-        _write(Path(path), save(tensors))
+        write_whole(path, save(tensors))
     else:
         tree = _json_tree(groups, statistics, dialect, dataset)
-        _write(Path(path), (json.dumps(tree, indent=2) + "\n").encode())
+        write_whole(path, json.dumps(tree, indent=2) + "\n")
 
 
 def save_statistics_of_each(
@@ -176,7 +179,7 @@ def save_statistics_of_each(
             for name, found in sorted(statistics.items())
         }
         tree[dataset] = _json_tree(groups, statistics, "pizero", dataset)["norm_stats"]
-    _write(Path(path), (json.dumps({"norm_stats": tree}, indent=2) + "\n").encode())
+    write_whole(path, json.dumps(_signed(tree), indent=2) + "\n")
 
 
 def statistics_names(path: str | Path) -> list[str]:
@@ -198,8 +201,12 @@ def load_statistics(
     if isinstance(source, str | Path):
         path = _find(source)
         where, tree = str(path), _read(path)
-    if not isinstance(tree, Mapping):
+    if not isinstance(tree, Mapping) or not isinstance(tree.get("norm_stats", tree), Mapping):
         raise ValueError(f"{where}: expected groups 'state' and 'actions', got {type(tree)}")
+    if "digest" in tree and tree["digest"] != fingerprint(tree.get("norm_stats")):
+        raise ValueError(
+            f"{where} is damaged or was changed by hand; if that was meant, remove its digest"
+        )
     tree = _select(tree.get("norm_stats", tree), dataset, where)
     count = int(tree.get("num_transitions") or 0)
     found: dict[str, Statistics] = {}
@@ -245,12 +252,13 @@ def _read(path: Path) -> Mapping[str, Any]:
             group, _, entry = name.rpartition(".")
             tree.setdefault(group, {})[entry] = tensor
         return tree
+    if path.suffix != ".jsonl":
+        return read_json(path)
     try:
-        if path.suffix == ".jsonl":
-            return _combine([json.loads(line)["stats"] for line in path.read_text().splitlines()])
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
+        return _combine([parse_json(line)["stats"] for line in path.read_text().splitlines()])
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: expected statistics of each episode, got {what}") from error
 
 
 def _combine(episodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -287,10 +295,9 @@ def _names_in(tree: Mapping[str, Any]) -> list[str]:
     return [] if _has_groups(tree) else [k for k, v in tree.items() if _has_groups(v)]
 
 
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _signed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """With a digest, so that a damaged number is noticed."""
+    return {"norm_stats": tree, "digest": fingerprint(tree)}
 
 
 def _json_tree(
@@ -311,7 +318,9 @@ def _json_tree(
             tree[name]["count"] = found.count
         elif dialect == "lerobot":
             tree[name]["count"] = [found.count]
-    if dialect in ("pizero", "openpi", "giga"):
+    if dialect == "pizero":
+        return _signed(tree)
+    if dialect in ("openpi", "giga"):
         return {"norm_stats": tree}
     if dialect in ("octo", "openvla"):
         tree["num_transitions"] = max((s.count for s in statistics.values()), default=0)
@@ -322,7 +331,17 @@ def _from_json(tree: Any, where: str, count: int) -> Statistics:
     if isinstance(tree, Statistics):
         return tree
     named = {_FIELDS.get(k, k): v for k, v in tree.items()}
-    arrays = {k: np.asarray(named[k], np.float64) for k in _ARRAYS if named.get(k) is not None}
+    for key in named.keys() - {*_ARRAYS, *_OTHERS}:
+        lacking = [name for name in _ARRAYS if name not in named]
+        if near := difflib.get_close_matches(key, lacking, 1, 0.8):
+            raise ValueError(f"{where}: unknown entry {key!r}; did you mean {near[0]!r}?")
+    arrays = {}
+    for key in _ARRAYS:
+        if named.get(key) is not None:
+            try:
+                arrays[key] = np.asarray(named[key], np.float64)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{where}, {key}: expected numbers, got {error}") from error
     sizes = {k: v.shape for k, v in arrays.items()}
     whole = any({a, b} <= set(sizes) for a, b in zip(_ARRAYS[::2], _ARRAYS[1::2], strict=True))
     if not whole or len(set(sizes.values())) != 1:
@@ -332,11 +351,34 @@ def _from_json(tree: Any, where: str, count: int) -> Statistics:
         )
     if len(next(iter(sizes.values()))) != 1:
         raise ValueError(f"{where}: expected vectors [d], got {sizes}")
+    _expect_sense(arrays, where)
     mask = None if named.get("mask") is None else np.asarray(named["mask"], bool)
     if mask is not None and mask.shape not in sizes.values():
         raise ValueError(f"{where}: the mask has {len(mask)} entries, the others {sizes}")
     count = int(np.max(named.get("count", count) or 0))
     return Statistics(**arrays, count=count, mask=mask)
+
+
+def _expect_sense(arrays: Mapping[str, np.ndarray], where: str) -> None:
+    """Refuse numbers that no data can have."""
+    for key, values in arrays.items():
+        if not np.isfinite(values).all():
+            raise ValueError(f"{where}, {key}: expected finite numbers, got {values.tolist()}")
+    if "std" in arrays and (arrays["std"] < 0).any():
+        raise ValueError(f"{where}, std: expected numbers >= 0, got {arrays['std'].tolist()}")
+    for low, high in (
+        ("min", "q01"),
+        ("q01", "q99"),
+        ("q99", "max"),
+        ("min", "mean"),
+        ("mean", "max"),
+    ):
+        if low in arrays and high in arrays:
+            slack = 1e-4 * (np.abs(arrays[low]) + np.abs(arrays[high]))  # float32 files, estimates
+            if wrong := np.flatnonzero(arrays[low] > arrays[high] + slack).tolist():
+                raise ValueError(
+                    f"{where}: expected {low} <= {high}, dimensions {wrong} are not so"
+                )
 
 
 def _is_group(value: Any) -> bool:

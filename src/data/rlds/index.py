@@ -7,7 +7,6 @@ remote file system may need.
 
 from __future__ import annotations
 
-import json
 import logging
 import mmap
 import os
@@ -22,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pizero.data.checksum import crc32c
+from pizero.data.files import read_json
 from pizero.data.index import (
     Column,
     Contents,
@@ -41,6 +42,7 @@ from pizero.data.rlds.tfrecord import CorruptRecordError, scan_records, verify_r
 
 LARGEST_ROW = 64  # numbers; longer vectors (language embeddings) are left in the files
 WORTH_PROCESSES = 2**30  # bytes of a split
+DESCRIPTIONS = ("features.json", "dataset_info.json")
 RAGGED = ("ragged_flat_values", "ragged_row_lengths_0")
 
 log = logging.getLogger(__name__)
@@ -84,11 +86,11 @@ def open_index(
         raise ValueError(f"expected on_error raise or skip, got {on_error!r}")
     directory = find_dataset(path)
     files = _shards(directory, split)
-    now = stamps(directory, files)
-    features = (directory / "features.json").read_bytes()
-    key = fingerprint(now, features.decode(errors="replace"), verify, on_error)
+    described = [directory / name for name in DESCRIPTIONS if (directory / name).is_file()]
+    now = stamps(directory, [*files, *described])
+    key = fingerprint(now, verify, on_error)
     places = homes(directory)
-    make = partial(_make, directory, split, now, num_workers, verify, on_error)
+    make = partial(_make, directory, split, files, now, num_workers, verify, on_error)
     return Index(make_once(places, f"{split}-{key}", make), directory)
 
 
@@ -110,6 +112,7 @@ def _shards(directory: Path, split: str) -> list[Path]:
 def _make(
     directory: Path,
     split: str,
+    files: list[Path],
     now: dict[str, list[int]],
     num_workers: int | None,
     verify: bool,
@@ -117,10 +120,9 @@ def _make(
     folder: Path,
 ) -> None:
     say_what_changed([folder.parent], split, now)
-    files = [directory / name for name in now]
     spec = DatasetSpec.load(directory / "features.json")
     jobs = [_Job(file, i, spec, verify, on_error) for i, file in enumerate(files)]
-    total = sum(size for size, _ in now.values())
+    total = sum(now[file.name][0] for file in files)
     if num_workers is None:
         fitting = min(8, os.cpu_count() or 1, len(files))
         num_workers = fitting if total > WORTH_PROCESSES and fitting > 1 else 0
@@ -156,13 +158,11 @@ def _make(
 
 def _compare_counts(directory: Path, split: str, files: list[Path], got: list[int]) -> None:
     """What dataset_info.json says of each shard, if it says anything."""
-    path = directory / "dataset_info.json"
+    path = directory / DESCRIPTIONS[1]
     if not path.is_file():
         return
     try:
-        listed = {
-            s["name"]: s.get("shardLengths", []) for s in json.loads(path.read_text())["splits"]
-        }
+        listed = {s["name"]: s.get("shardLengths", []) for s in read_json(path)["splits"]}
         expected = [int(n) for n in listed.get(split, [])]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -216,6 +216,8 @@ def _index_shard(job: _Job) -> _Shard:
     ends: dict[str, list[np.ndarray]] = {
         c: [] for c, (_, s) in columns.items() if s.kind == "ragged"
     }
+    images = [c for c, (_, s) in columns.items() if s.kind == "image" and job.verify]
+    crcs: dict[str, list[np.ndarray]] = {c: [] for c in images}
     episodes: list[tuple[int, int, int]] = []
     strings: dict[str, int] = {}
     damaged: list[str] = []
@@ -246,6 +248,8 @@ def _index_shard(job: _Job) -> _Shard:
                 continue  # a broken header ends the generator, and with it the shard
             for column, (values, lengths) in found.items():
                 rows[column].append(values)
+                if job.verify and columns[column][1].kind == "image":
+                    crcs[column].append(_crcs(buffer, values))
                 if lengths is not None:
                     ends[column].append(lengths)
             episodes.append((start, steps, job.number))
@@ -253,6 +257,8 @@ def _index_shard(job: _Job) -> _Shard:
     tables = {c: _stack(rows[c], columns[c][1]) for c in columns}
     for column, lengths in ends.items():
         tables[f"{column}.ends"] = np.cumsum(np.concatenate([np.zeros(0, np.int64), *lengths]))
+    for column, values in crcs.items():
+        tables[f"{column}.crc"] = np.concatenate([np.zeros(0, np.uint32), *values])
     tables["episodes"] = np.array(episodes, np.int64).reshape(-1, 3)
     texts = [c for c, (_, leaf) in columns.items() if _is_text(leaf)]
     return _Shard(tables, list(strings), texts, damaged)
@@ -294,6 +300,12 @@ def _map_file(descriptor: int, *, sequential: bool) -> memoryview:
         # Only headers are touched without verifying; images should not be read ahead then.
         view.madvise(mmap.MADV_SEQUENTIAL if sequential else mmap.MADV_RANDOM)
     return memoryview(view)
+
+
+def _crcs(buffer: memoryview, spans: np.ndarray) -> np.ndarray:
+    """The checksum of each image, uint32 [n]."""
+    found = [crc32c(buffer[offset : offset + size]) for offset, size in spans.tolist()]
+    return np.array(found, np.uint32)
 
 
 def _num_steps(features: Mapping[str, Feature], spec: DatasetSpec) -> int:

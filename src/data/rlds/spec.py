@@ -6,13 +6,14 @@ Here the leaves under `steps` and the others are two flat dictionaries of `Featu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pizero.data.files import read_json
 
 _TFDS = "tensorflow_datasets.core.features."
 _CLASSES = {
@@ -126,9 +127,10 @@ class DatasetSpec:
     @classmethod
     def load(cls, path: str | Path) -> DatasetSpec:
         """Read a `features.json` file; ValueError where it is none."""
+        tree = read_json(path)
         try:
-            return cls.from_json(json.loads(Path(path).read_text()))
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            return cls.from_json(tree)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path}: expected the features of a data set, got {what}") from error
 

@@ -8,11 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from pizero.data import Normalizer, Statistics
+from pizero.data.checksum import _TABLE_LIST, crc32c, crc32c_numpy
 from pizero.data.rlds.example import decode_varints, encode_example, encode_varints, parse_example
 from pizero.data.rlds.tfrecord import (
-    _TABLE_LIST,
-    crc32c,
-    crc32c_numpy,
     frame_record,
     scan_records,
     verify_record,

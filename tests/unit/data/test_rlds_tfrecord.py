@@ -7,10 +7,10 @@ import struct
 
 import pytest
 
+from pizero.data.checksum import crc32c
 from pizero.data.rlds.tfrecord import (
     CorruptRecordError,
     FileReader,
-    crc32c,
     frame_record,
     masked_crc,
     scan_records,
