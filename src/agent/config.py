@@ -190,21 +190,27 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Any:
 
 def typed_root(config: DictConfig) -> Any:
     """Resolve a composed tree, refuse missing and unknown keys, and return its root dataclass."""
+    if "_target_" not in config:
+        raise ValueError("the config's root needs a _target_ that names a workspace")
     if missing := missing_keys(config):
+        _fit(config, root_class(config._target_))  # a misspelt key leaves another without a value
         raise ValueError(f"these keys have no value: {', '.join(missing)}. Give them as key=value")
     config = config.copy()
     OmegaConf.resolve(config)
-    if "_target_" not in config:
-        raise ValueError("the config's root needs a _target_ that names a workspace")
-    schema = root_class(config._target_)
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), config)
-        assert isinstance(merged, DictConfig)
-    except OmegaConfBaseException as error:
-        raise ValueError(_explain(error, schema)) from error
+    merged = _fit(config, root_class(config._target_))
     if missing := missing_keys(merged):
         raise ValueError(f"these keys are not in the config: {', '.join(missing)}")
     return OmegaConf.to_object(merged)
+
+
+def _fit(config: DictConfig, schema: type) -> DictConfig:
+    """The tree merged into its root dataclass; ValueError where it does not fit."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), config)
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error, schema)) from error
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def root_class(target: str) -> type:

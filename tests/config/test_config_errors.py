@@ -92,6 +92,15 @@ def test_misspelt_key_in_a_file() -> None:
         typed_root(config)
 
 
+def test_misspelt_key_that_must_be_given() -> None:
+    """Told as what it is, rather than as the value that is now missing."""
+    config = compose_config("train_toy")
+    OmegaConf.set_struct(config, False)
+    config.stepps, config.steps = config.steps, "???"
+    with pytest.raises(ValueError, match="no key 'stepps'; did you mean 'steps'"):
+        typed_root(config)
+
+
 def test_misspelt_root_key() -> None:
     with pytest.raises(ValueError, match="no key 'batchsize'; did you mean 'batch_size'"):
         load_config("train_toy", ["+batchsize=3"])
