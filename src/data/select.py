@@ -181,8 +181,8 @@ def _any_beyond(
     values: np.ndarray, starts: np.ndarray, lengths: np.ndarray, limit: Limit, name: str
 ) -> np.ndarray:
     """bool [episodes], True where any value of an episode is beyond the limit."""
-    bounds = np.broadcast_to(np.asarray(limit, np.float64), values.shape[-1:])
-    if np.ndim(limit) and len(np.atleast_1d(limit)) != values.shape[-1]:
+    bounds = np.asarray(limit, np.float64)
+    if bounds.shape not in ((), values.shape[-1:]):
         raise ValueError(f"expected {name} of {values.shape[-1]} entries, got {limit}")
     beyond = np.zeros(len(starts), bool)
     for i, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):

@@ -49,6 +49,37 @@ def test_permute_takes_sizes_and_keys_per_entry():
 
 @quick
 @given(
+    lengths=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=40), min_size=1, max_size=3),
+    seed=seeds,
+    window=st.integers(1, 12),
+)
+def test_a_windowed_order_uses_each_source_up_block_by_block(lengths, seed, window):
+    arrays = [np.array(own) for own in lengths if sum(own)]
+    if not arrays:
+        return
+    sizes = [int(own.sum()) for own in arrays]
+    order = Order(sizes, seed=seed, lengths=arrays, window=window, weights=[1.0] * len(sizes))
+    numbers = np.arange(4 * max(sizes) * len(sizes))
+    source, frame = order(numbers)
+    for s, size in enumerate(sizes):
+        own = frame[source == s]
+        assert len(own) >= 2 * size
+        for epoch in range(2):
+            assert sorted(own[epoch * size : (epoch + 1) * size].tolist()) == list(range(size))
+        # What is read lies in the episodes of the block that the order names, and of no other.
+        block = order.blocks(numbers[source == s][:1])[0]
+        episodes = np.repeat(np.arange(len(arrays[s])), arrays[s])
+        wanted = order.episodes(*block)
+        assert len(wanted) <= window or (arrays[s][wanted] == 0).any()
+        count = int(arrays[s][wanted].sum())
+        assert set(episodes[own[:count]]) <= set(wanted.tolist())
+        assert sorted(own[:count].tolist()) == np.flatnonzero(np.isin(episodes, wanted)).tolist()
+    some = np.array([5, 3, len(numbers) - 1])
+    np.testing.assert_array_equal(np.stack(order(some)), np.stack((source, frame))[:, some])
+
+
+@quick
+@given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=5),
     seed=seeds,
     first_round=st.integers(0, 10**6),

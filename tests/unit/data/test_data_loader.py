@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import resource
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from rlds_demo import open_demo
 
 from pizero.data import Mix, TrainLoader, ValLoader
+from pizero.data.rlds import FileReader
 from pizero.types import Batch
 
 
@@ -62,6 +65,52 @@ def test_ranks_workers_and_accumulation_do_not_matter(make_loader):
         assert rows == reference
 
 
+def test_a_windowed_order_does_not_depend_on_ranks_either(make_loader, monkeypatch):
+    windowed = {"order": "windowed", "window": 3}
+    reference = _rows(_take(make_loader(**windowed), 3))
+    assert reference != _rows(_take(make_loader(), 3))
+    rows: dict[int, tuple] = {}
+    for rank in range(3):
+        rows |= _rows(_take(make_loader(rank=rank, world_size=3, num_workers=1, **windowed), 3))
+    assert rows == reference
+    resumed = make_loader(start_sample=48, **windowed)
+    assert _rows(_take(resumed, 1)) == {k: v for k, v in reference.items() if k >= 48}
+    advised = []
+    monkeypatch.setattr(FileReader, "advise", lambda self, *span: advised.append(span))
+    _take(make_loader(**windowed), 1)
+    assert advised  # the block's episodes and the next one's
+    assert len(set(advised)) == len(advised)
+    assert all(Path(path).stat().st_size >= start + size for path, start, size in advised)
+
+
+def test_damaged_samples_are_skipped_counted_and_said(demo_path, make_loader, tmp_path, caplog):
+    path = tmp_path / "demo"
+    shutil.copytree(demo_path, path, ignore=shutil.ignore_patterns(".pizero_index"))
+    data, skipping = open_demo(path), open_demo(path, on_error="skip")
+    frame = int(data.episode_starts[4])
+    row = int(data.starts[4])
+    offset, size = data.index.step_values("observation/corner")[row]
+    file = Path(data.index.files[int(data.index.shard[4])])
+    content = bytearray(file.read_bytes())
+    content[offset + size // 2] ^= 1
+    file.write_bytes(content)  # while the index is open
+    message = r"observation/corner at offset \d+: the image changed after it was indexed"
+    with pytest.raises(ValueError, match=message):
+        _take(make_loader(dataset=data, global_batch_size=len(data)), 1)
+    loader = make_loader(dataset=skipping, global_batch_size=len(data))
+    batch = _take(loader, 1)[0]
+    assert loader.skipped == 1
+    assert f"skipped frame {frame}" in caplog.text
+    mix = Mix(datasets={"demo": data})
+    _, frames = mix.locate(mix.order(7), np.arange(len(data)))
+    place = frames.tolist().index(frame)
+    neighbour = frames.tolist().index(frame + 1)
+    assert torch.equal(batch.actions[place], batch.actions[neighbour])
+    # Opened anew, the record is left out as a whole.
+    fresh = open_demo(path, on_error="skip")
+    assert (fresh.num_episodes, len(fresh.index.damaged)) == (data.num_episodes - 1, 1)
+
+
 @pytest.mark.parametrize(("workers", "method"), [(2, "fork"), (1, "spawn")])
 def test_workers_give_the_same_batches(make_loader, workers, method):
     reference = _rows(_take(make_loader(), 3))
@@ -108,6 +157,11 @@ def test_each_dataset_may_have_its_own_pipeline(demo_path, make_pipeline, make_l
     for i, (d, f) in enumerate(zip(dataset.tolist(), frame.tolist(), strict=True)):
         expected = pipelines["ab"[d]].encode(demo.read(f))["actions"]
         np.testing.assert_array_equal(batch.actions[i], expected)
+    narrow = make_pipeline(max_tokens=9)
+    with pytest.raises(
+        ValueError, match=r"must give equal shapes, got a: .* and b: .*'max_tokens': 9"
+    ):
+        make_loader(dataset=mix, pipeline={"a": other, "b": narrow})
     with pytest.raises(ValueError, match=r"a pipeline for every dataset, got none for \['b'\]"):
         make_loader(dataset=mix, pipeline={"a": other})
 
