@@ -117,7 +117,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int], *, kind: str) -> np.n
     if image.shape[:2] == (height, width):
         return image
     if kind == "lanczos":
-        return _resample(image, size, kernel="lanczos", antialias=True)
+        return _to_pixels(_resample(image, size, kernel="lanczos", antialias=True))
     if kind == "bicubic":
         return _resize_bicubic(image, size)
     if kind == "bilinear":
@@ -128,11 +128,23 @@ def resize_image(image: np.ndarray, size: tuple[int, int], *, kind: str) -> np.n
         content = _resize_bilinear(image, inner)
     else:
         content = _resample(image, inner, kernel="linear", antialias=_PADDED[kind])
+        is_bytes = image.dtype == np.uint8
+        content = _to_pixels(content) if is_bytes else content.clamp_(-1, 1).numpy()
     black = 0 if image.dtype == np.uint8 else -1
     padded = np.full((height, width, 3), black, image.dtype)
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
     padded[top : top + inner[0], left : left + inner[1]] = content
     return padded
+
+
+def resize_depth(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Numbers [h w c] stretched to (height, width): bilinear with antialiasing, as dlimp has it.
+
+    Of integers the fraction is dropped.
+    """
+    if image.shape[:2] == tuple(size):
+        return image
+    return _resample(image, size, kernel="linear", antialias=True).numpy().astype(image.dtype)
 
 
 def _expect_size(height: int, width: int) -> None:
@@ -154,8 +166,8 @@ def _resize_bicubic(image: Array, size: tuple[int, int]) -> Array:
 
 def _resample(
     image: np.ndarray, size: tuple[int, int], *, kernel: str, antialias: bool
-) -> np.ndarray:
-    """Separable, in float32 throughout: along the height, then along the width."""
+) -> torch.Tensor:
+    """float32 [h w c], separably: along the height, then along the width."""
     height, width, channels = image.shape
     vertical = _bands(height, size[0], kernel, antialias)
     horizontal = _bands(width, size[1], kernel, antialias)
@@ -163,10 +175,11 @@ def _resample(
     pixels = _combine_rows(pixels, size[0], *vertical).view(size[0], width, channels)
     pixels = pixels.transpose(0, 1).reshape(width, -1)
     pixels = _combine_rows(pixels, size[1], *horizontal).view(size[1], size[0], channels)
-    pixels = pixels.transpose(0, 1)
-    if image.dtype == np.uint8:
-        return pixels.round_().clamp_(0, 255).numpy().astype(np.uint8)
-    return pixels.clamp_(-1, 1).numpy().astype(image.dtype)
+    return pixels.transpose(0, 1)
+
+
+def _to_pixels(values: torch.Tensor) -> Array:
+    return values.round_().clamp_(0, 255).numpy().astype(np.uint8)
 
 
 def _combine_rows(

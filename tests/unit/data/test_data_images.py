@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pizero.data import decode_image, encode_image, images, resize_image
-from pizero.data.images import parse_image
+from pizero.data.images import parse_image, resize_depth
 
 OPENPI = Path(__file__).parents[2] / "data" / "fixtures" / "openpi_transforms"
 TENSORFLOW = Path(__file__).parents[2] / "data" / "images" / "tensorflow.npz"
@@ -44,6 +44,10 @@ def test_decoder_and_lanczos_equal_tensorflow():
             wrong = np.abs(resized.astype(int) - stored[key])
             assert wrong.max() <= 1  # halves may round either way
             assert (wrong > 0).mean() < 0.001
+        depth = resize_depth(stored["depth"], (20, 20))
+        assert np.abs(depth.astype(int) - stored["depth_20_20"]).max() <= 1
+        assert depth.dtype == np.uint16
+        assert resize_depth(depth, (20, 20)) is depth
 
 
 @pytest.mark.parametrize(
