@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import Progress
 
@@ -64,7 +65,7 @@ def _run(options: argparse.Namespace, console: Console) -> Path:
         options.dataset,
         policy,
         split=options.split,
-        keys=trained_on(options.checkpoint) | _given(options),
+        keys=trained_on(options.checkpoint, options.asset) | _given(options),
     )
     count = min(options.episodes, data.num_episodes)
     chosen = np.unique(np.linspace(0, data.num_episodes - 1, count).round().astype(int)).tolist()
@@ -135,8 +136,11 @@ def open_data(
     )
 
 
-def trained_on(checkpoint: str | Path) -> dict[str, Any]:
-    """The dataset's keys that a checkpoint of ours was trained with; empty for another."""
+def trained_on(checkpoint: str | Path, asset: str | None = None) -> dict[str, Any]:
+    """The dataset's keys that a checkpoint of ours was trained with; empty for another.
+
+    `asset` names one of a mix; otherwise the first counts.
+    """
     folder = own_folder(checkpoint)
     if folder is None or not has_pipeline(folder):
         return {}
@@ -149,7 +153,10 @@ def trained_on(checkpoint: str | Path) -> dict[str, Any]:
             return node
         return next((found for child in node.values() if (found := search(child))), None)
 
-    node = search(config.get("data")) or {}
+    node = config.get("data")
+    if asset is not None:
+        node = OmegaConf.select(config, f"data.train.datasets.{asset}")
+    node = search(node) or {}
     return {key: node[key] for key in ("cameras", "state", "action", "text") if node.get(key)}
 
 

@@ -68,7 +68,7 @@ class OptimConfig:
 class DataConfig:
     """Training and held-out episodes, and how they are read."""
 
-    path: str  # of the data set; `train` and `val` refer to it
+    path: str  # of the data set, or what holds several; `train` and `val` refer to it
     train: Any
     val: Any
     augment: Any

@@ -40,6 +40,7 @@ from pizero.agent.machine import hardware, versions
 from pizero.agent.policy import Policy, load_policy
 from pizero.agent.report import write_report
 from pizero.agent.weights.folder import find_checkpoint
+from pizero.data.mix import Mix
 from pizero.model import PiZeroFast
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class EvalConfig:
     name: str
     run_dir: str
     checkpoint: str
+    asset: str | None
     env: Any  # starts a simulator process: config/env/*.yaml
     workers: int  # simulator processes
     tasks: list[str] | None
@@ -161,6 +163,7 @@ class EvalWorkspace:
         for weights in sorted(wanted, key=lambda w: w.value):
             policies[weights.value] = load_policy(
                 checkpoint,
+                asset=config.asset,
                 device=config.device,
                 num_steps=config.num_steps,
                 noise_scale=config.noise_scale,
@@ -233,6 +236,8 @@ class EvalWorkspace:
         training = OmegaConf.load(checkpoint / "config.yaml")
         try:
             data = build(training.data.val, path="data.val", packages=("pizero",))
+            if self.config.asset is not None and isinstance(data, Mix):
+                data = data.datasets[self.config.asset]
         except (ValueError, OSError) as error:
             log.warning("no comparison with held-out episodes: %s", error)
             return
@@ -303,6 +308,7 @@ def make_protocol(config: EvalConfig, world: Mapping[str, Any], checkpoint: Path
         "noise_scale": config.noise_scale,
         "seed": config.seed,
         "checkpoint": digest(checkpoint / "model.safetensors"),
+        **({} if config.asset is None else {"asset": config.asset}),
     }
 
 

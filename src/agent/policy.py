@@ -200,6 +200,9 @@ def load_policy(
 ) -> Policy:
     """The policy of a checkpoint: a folder of ours, which needs nothing else, or a published one.
 
+    A folder that was trained on a mix whose data sets have pipelines of their own needs `asset`, the
+    name of one of them.
+
     Published checkpoints (openpi in either form, LeRobot, giga-models, open-pi-zero, transformers'
     pi0) say less of themselves: `robot`, `statistics`, `tokenizer`, `action_tokenizer` and `asset`
     are what lies elsewhere (see `published.pipeline_node`), `overrides` are sizes that leave no
@@ -225,10 +228,11 @@ def load_policy(
         action_tokenizer=action_tokenizer, overrides=overrides, changes=changes, kind=kind,
     )  # fmt: skip
     if has_pipeline(path):
+        del given["asset"]
         if named := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"{path} describes itself: {', '.join(named)} cannot be given")
         config, model, pipeline, _ = load_checkpoint(
-            path, device=device, dtype=dtype, packages=packages
+            path, device=device, dtype=dtype, packages=packages, dataset=asset
         )
         if weights == "random":
             # Building a model draws from torch's generator, which is the caller's.
