@@ -131,6 +131,29 @@ def test_resume_from_one_integer(make_loader):
     assert sorted(rows) == [*range(60, 72), *range(84, 96)]
 
 
+@pytest.mark.parametrize("order", ["global", "windowed"])
+def test_resume_anywhere_with_other_ranks_and_workers(make_loader, order):
+    """Twenty stops and restarts at random, each time on another number of ranks and workers."""
+    changes = {"order": order, "window": 3}
+    reference = _rows(_take(make_loader(**changes), 45))
+    generator = np.random.default_rng(3)
+    seen: dict[int, tuple] = {}
+    done, restarts = 0, 0
+    while restarts < 20:
+        steps = int(generator.integers(1, 4))
+        world, accumulate = [(1, 1), (2, 1), (3, 2), (4, 3), (8, 1), (1, 4)][generator.integers(6)]
+        workers = int(generator.integers(3)) if world < 3 else 0
+        places = {"world_size": world, "accumulate": accumulate, "num_workers": workers}
+        for rank in range(world):
+            loader = make_loader(start_sample=done * 24, rank=rank, **places, **changes)
+            got = _rows(_take(loader, steps * accumulate))
+            assert not seen.keys() & got.keys()  # no repeats
+            seen |= got
+        done, restarts = done + steps, restarts + 1
+    assert sorted(seen) == list(range(done * 24))  # none missing
+    assert all(seen[n] == reference[n] for n in seen)
+
+
 def test_batches_hold_the_frames_of_the_order(demo, make_pipeline, make_loader):
     mix = Mix(datasets={"demo": demo})
     _, frames = mix.locate(mix.order(7), np.arange(len(demo)))
