@@ -32,7 +32,7 @@ ROWS = [
 
 def expert(width: int, mlp_dim: int, **more: Any) -> dict[str, Any]:
     sizes = dict(depth=3, num_heads=4, num_kv_heads=2, head_dim=6)
-    return dict(width=width, mlp_dim=mlp_dim, **sizes, **more)
+    return dict(width=width, mlp_dim=mlp_dim) | sizes | more
 
 
 DIMS = {
@@ -119,10 +119,10 @@ def open_pi_zero(dims: Mapping[str, Any]) -> Shapes:
     return shapes | linear("action_decoder", a, w)
 
 
-def jax_tree(dims: Mapping[str, Any]) -> Shapes:
-    """openpi's JAX tree of a PaliGemma, as pi0-FAST's is."""
-    s, v = dims["vlm"], dims["vision"]
-    w, n, h, d, m = (s[k] for k in ("width", "depth", "num_heads", "head_dim", "mlp_dim"))
+def jax_tree(dims: Mapping[str, Any], *, pi05: bool = False) -> Shapes:
+    """openpi's JAX tree: a PaliGemma, as pi0-FAST's is, or a flow policy where dims has an
+    `action_expert`."""
+    v, vlm, action = dims["vision"], dims["vlm"], dims.get("action_expert")
     e, L, H, f, p = (v[k] for k in ("width", "depth", "num_heads", "mlp_dim", "patch_size"))
     img, llm = "PaliGemma/img/", "PaliGemma/llm/"
     block = f"{img}Transformer/encoderblock/"
@@ -130,17 +130,12 @@ def jax_tree(dims: Mapping[str, Any]) -> Shapes:
     shapes: Shapes = {
         f"{img}embedding/kernel": (p, p, 3, e), f"{img}embedding/bias": (e,),
         f"{img}pos_embedding": (1, v["tokens_per_image"], e),
-        f"{img}head/kernel": (e, w), f"{img}head/bias": (w,),
+        **dense(f"{img}head", e, vlm["width"]),
         f"{attention}out/kernel": (L, H, e // H, e), f"{attention}out/bias": (L, e),
-        f"{block}MlpBlock_0/Dense_0/kernel": (L, e, f), f"{block}MlpBlock_0/Dense_0/bias": (L, f),
-        f"{block}MlpBlock_0/Dense_1/kernel": (L, f, e), f"{block}MlpBlock_0/Dense_1/bias": (L, e),
-        f"{llm}embedder/input_embedding": (dims["vocab_size"], w),
-        f"{llm}final_norm/scale": (w,),
-        f"{llm}layers/attn/q_einsum/w": (n, h, w, d),
-        f"{llm}layers/attn/kv_einsum/w": (n, 2, s["num_kv_heads"], w, d),
-        f"{llm}layers/attn/attn_vec_einsum/w": (n, h, d, w),
-        f"{llm}layers/mlp/gating_einsum": (n, 2, w, m), f"{llm}layers/mlp/linear": (n, m, w),
-        f"{llm}layers/pre_attention_norm/scale": (n, w), f"{llm}layers/pre_ffw_norm/scale": (n, w),
+        **dense(f"{block}MlpBlock_0/Dense_0", e, f, stack=(L,)),
+        **dense(f"{block}MlpBlock_0/Dense_1", f, e, stack=(L,)),
+        f"{llm}embedder/input_embedding": (dims["vocab_size"], vlm["width"]),
+        **stacked_gemma(vlm, llm, ""),
     }  # fmt: skip
     for x in ("query", "key", "value"):
         shapes |= {f"{attention}{x}/kernel": (L, e, H, e // H)}
@@ -148,7 +143,67 @@ def jax_tree(dims: Mapping[str, Any]) -> Shapes:
     norms = [f"{img}Transformer/encoder_norm"], [f"{block}LayerNorm_{i}" for i in (0, 1)]
     for names, shape in zip(norms, ((e,), (L, e)), strict=True):
         shapes |= {f"{name}/{kind}": shape for name in names for kind in ("scale", "bias")}
+    if action is None:
+        return shapes
+    w, a = action["width"], dims["action_dim"]
+    shapes |= stacked_gemma(action, llm, "_1", adaptive=pi05)
+    shapes |= dense("action_in_proj", a, w) | dense("action_out_proj", w, a)
+    if pi05:
+        return shapes | dense("time_mlp_in", w, w) | dense("time_mlp_out", w, w)
+    shapes |= dense("state_proj", a, w) | dense("action_time_mlp_in", 2 * w, w)
+    return shapes | dense("action_time_mlp_out", w, w)
+
+
+def stacked_gemma(sizes: Mapping[str, int], llm: str, end: str, *, adaptive: bool = False):
+    """A Gemma of JAX; as many key heads as query heads make one projection of the three."""
+    w, n, h, d, m = (sizes[k] for k in ("width", "depth", "num_heads", "head_dim", "mlp_dim"))
+    attn, mlp, keys = f"{llm}layers/attn/", f"{llm}layers/mlp{end}/", sizes["num_kv_heads"]
+    shapes: Shapes = {f"{attn}attn_vec_einsum{end}/w": (n, h, d, w)}
+    if keys == h:
+        shapes[f"{attn}qkv_einsum{end}/w"] = (n, 3, h, w, d)
+    else:
+        shapes[f"{attn}q_einsum{end}/w"] = (n, h, w, d)
+        shapes[f"{attn}kv_einsum{end}/w"] = (n, 2, keys, w, d)
+    shapes |= {f"{mlp}gating_einsum": (n, 2, w, m), f"{mlp}linear": (n, m, w)}
+    norms = {f"{llm}layers/pre_{x}_norm{end}": (n,) for x in ("attention", "ffw")}
+    for norm, stack in (norms | {f"{llm}final_norm{end}": ()}).items():
+        scale = {f"{norm}/scale": (*stack, w)}
+        shapes |= dense(f"{norm}/Dense_0", w, 3 * w, stack=stack) if adaptive else scale
     return shapes
+
+
+def dense(name: str, inputs: int, outputs: int, *, stack: tuple[int, ...] = ()) -> Shapes:
+    return {f"{name}/kernel": (*stack, inputs, outputs), f"{name}/bias": (*stack, outputs)}
+
+
+def with_lora(shapes: Shapes, rank: int) -> Shapes:
+    """The same with openpi's adapters on attention and feed-forward of every expert."""
+    adapted = dict(shapes)
+    for name, shape in shapes.items():
+        if "einsum" in name or name.endswith("/linear"):
+            stem = name.removesuffix("w") if "/attn/" in name else f"{name}_"
+            adapted[f"{stem}lora_a"] = (*shape[:-1], rank)
+            adapted[f"{stem}lora_b"] = (*shape[:-2], rank, shape[-1])
+    return adapted
+
+
+def merged(
+    weights: Mapping[str, torch.Tensor], scales: Mapping[str, float]
+) -> dict[str, torch.Tensor]:
+    """Weights with their adapters, in openpi's own sums; `scales` by the end of names."""
+    whole = {name: w for name, w in weights.items() if "lora" not in name}
+    for name, a in weights.items():
+        if not name.endswith("lora_a"):
+            continue
+        b, stem = weights[f"{name[:-1]}b"], name.removesuffix("lora_a")
+        if not stem.endswith("/"):
+            whole[stem[:-1]] = whole[stem[:-1]] + a @ b
+            continue
+        # every head's A meets the B of all heads in the output projection
+        rule = "znhr,zmrd->znhd" if "attn_vec" in stem else "...ir,...ro->...io"
+        end = "_1" if stem.endswith("_1/") else ""
+        whole[f"{stem}w"] = whole[f"{stem}w"] + scales[end] * torch.einsum(rule, a, b)
+    return whole
 
 
 def random_weights(shapes: Shapes, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -157,6 +212,7 @@ def random_weights(shapes: Shapes, seed: int = 0) -> dict[str, torch.Tensor]:
     weights = {}
     for name, shape in shapes.items():
         std = max(shape[-2], 1) ** -0.5 if len(shape) > 1 else 0.3
+        std = 0.2 if "lora_" in name else std
         weights[name] = torch.randn(shape, generator=generator) * std
     return weights
 
@@ -172,6 +228,7 @@ class Made:
     io: dict[str, torch.Tensor] = field(default_factory=dict)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)  # of adapters, by the end of names
 
     def __post_init__(self) -> None:
         kind = "pi0_fast" if self.family == "pi0_fast" else None
@@ -185,7 +242,7 @@ class Made:
 
     def canonical(self, weights: Mapping[str, torch.Tensor], model) -> dict[str, torch.Tensor]:
         """Our tensors from the stored ones; gradients flow through."""
-        ours = {}
+        weights, ours = merged(weights, self.scales) if self.scales else weights, {}
         for name, links in self.found.links.by_ours.items():
             pieces = {x.rows[0] if x.rows else 0: x.read(weights[x.theirs]) for x in links
                       if x.theirs in weights}  # fmt: skip
@@ -227,11 +284,19 @@ def flow_case(family: str = "pi0", *, dims: Mapping[str, Any] | None = None,
               weights: Mapping[str, torch.Tensor] | None = None, seed: int = 0,
               cameras: tuple[str, ...] = ("front", "wrist"), masks: bool = True,
               gradients: bool = False, steps: tuple[int, ...] = (3,),
-              dtype: torch.dtype = torch.float32) -> Made:  # fmt: skip
-    """A flow policy's case. open-pi-zero has one camera, and picture tokens among its ids."""
+              dtype: torch.dtype = torch.float32, jax: bool = False,
+              lora: Mapping[str, float] | None = None) -> Made:  # fmt: skip
+    """A flow policy's case. open-pi-zero has one camera, and picture tokens among its ids. `jax`
+    and with `lora`, by the end of an expert's names, adapters and what they are scaled by."""
     dims = {**DIMS, **(dims or {})}
-    zero = family == "open_pi_zero"
-    shapes = open_pi_zero(dims) if zero else openpi(dims, pi05=family == "pi05")
+    zero, pi05 = family == "open_pi_zero", family == "pi05"
+    shapes = open_pi_zero(dims) if zero else openpi(dims, pi05=pi05)
+    if jax:
+        shapes = jax_tree(dims, pi05=pi05)
+    if lora:
+        shapes = with_lora(shapes, rank=2)
+        for key, end in (("vlm", ""), ("action_expert", "_1")):
+            dims[key] = {**dims[key], "lora": {"rank": 2, "alpha": 2 * lora[end]}}
     stored = dict(weights or random_weights(shapes, seed))
     if zero:
         for name in [n for n in stored if n.startswith("joint_model.mixtures.action.")]:
@@ -255,7 +320,7 @@ def flow_case(family: str = "pi0", *, dims: Mapping[str, Any] | None = None,
             "flow.sig_min": dims["flow_sig_min"],
             "time_embedding.max_period": 2 * torch.pi * dims["time_max_period"],
         }
-    made = Made(family, dims, stored, overrides)
+    made = Made(family, dims, stored, overrides, scales=lora or {})
     model = made.model()
     if dtype != torch.float32:
         made.extra["dtype"] = str(dtype).removeprefix("torch.")
@@ -359,11 +424,16 @@ ZERO = dict(
 )  # fmt: skip
 
 
-def fast_case(seed: int = 0, *, gradients: bool = True) -> Made:
+def fast_case(seed: int = 0, *, gradients: bool = True, vlm: Mapping[str, Any] | None = None,
+              lora: float | None = None) -> Made:  # fmt: skip
     """A pi0-FAST case in JAX's layout, with greedy tokens."""
-    dims = {k: v for k, v in DIMS.items() if k != "action_expert"}
+    dims = {k: v for k, v in DIMS.items() if k != "action_expert"} | {"vlm": vlm or DIMS["vlm"]}
     overrides = {"horizon": 3, "joint.mixtures.vlm.rope_base": 10_000.0}
-    made = Made("pi0_fast", dims, random_weights(jax_tree(dims), seed), overrides)
+    shapes = jax_tree(dims) if lora is None else with_lora(jax_tree(dims), rank=3)
+    made = Made(
+        *("pi0_fast", dims, random_weights(shapes, seed), overrides),
+        scales={} if lora is None else {"": lora},
+    )
     model = made.model()
     generator = torch.Generator().manual_seed(seed)
     size = dims["vision"]["image_size"]

@@ -159,7 +159,7 @@ def test_each_fact_can_fail(tmp_path, fact, wrong):
 
 
 def test_rounding_where_openpi_rounds_comes_nearer_to_its_bfloat16():
-    """And leaves the model as it was."""
+    """How much depends on the machine's kernels. And leaves the model as it was."""
     case = read_case(FIXTURES / "openpi_pi0")
     stored = case.io["out.bf16.velocity"]
     loaded = load_model(case.sources[0], dtype=torch.bfloat16, overrides=case.overrides())

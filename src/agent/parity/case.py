@@ -19,12 +19,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from pizero.agent.weights.lora import SCALES
 from pizero.agent.weights.orbax import METADATA
 from pizero.agent.weights.safetensors_file import INDEX_SUFFIX
 from pizero.agent.weights.source import TORCH_SUFFIXES
 from pizero.types import Observation, Tensor
 
 IO, GRADIENTS, FACTS = "io.safetensors", "gradients.safetensors", "case.json"
+# What training programs keep beside weights, by file or folder name.
+COMPANION = re.compile(
+    r"(optimizer|scheduler|metadata|rng_|random_states|policy_(pre|post)processor).*"
+    r"|train_state|training_state"
+)
 FLOW = ("pi0", "pi05", "open_pi_zero")
 FAST = "pi0_fast"
 DTYPES = {
@@ -101,6 +107,8 @@ class Case:
             if name == "action" and self.family not in FLOW:
                 continue
             sizes = dims.get(key, {})
+            lora = dims.get("lora", self.facts.get("lora", {}))
+            found[SCALES[name]] = _lora_scale(sizes.get("lora", lora.get(key, lora)))
             found[f"joint.mixtures.{name}.num_heads"] = sizes.get("num_heads")
             theta = sizes.get("rope_theta", dims.get("rope_theta"))
             found[f"joint.mixtures.{name}.rope_base"] = None if theta is None else float(theta)
@@ -127,11 +135,15 @@ class Case:
         if "in.image" in self.io:
             return self.io["in.image"][:, None], None
         images = torch.stack([self._find(f"{prefix}image.{c}") for c in self.cameras], dim=1)
-        masks = [self.io.get(f"in.image_mask.{c}") for c in self.cameras]
+        masks = [self.mask(f"{prefix}image_mask.{c}") for c in self.cameras]
         if all(mask is None for mask in masks):
             return images, None
         ones = torch.ones(images.shape[0], dtype=torch.bool)
         return images, torch.stack([ones if m is None else m for m in masks], dim=1)
+
+    def mask(self, name: str) -> Tensor | None:
+        """A mask, if there is one; programs keep them as integers too."""
+        return self.io[name].bool() if name in self.io else None
 
     def _find(self, name: str) -> Tensor:
         if name not in self.io:
@@ -144,11 +156,11 @@ class Case:
         images, image_mask = self.images()
         if "in.input_ids" in self.io:
             ids = self._find("in.input_ids")
-            mask = self.io.get("in.attention_mask")
+            mask = self.mask("in.attention_mask")
             places = self._picture_places(ids)
             tokens, token_mask = ids[:, places:], None if mask is None else mask[:, places:]
         else:
-            tokens, token_mask = self._find("in.tokens"), self.io.get("in.token_mask")
+            tokens, token_mask = self._find("in.tokens"), self.mask("in.token_mask")
         state = self.io.get("in.proprio", self.io.get("in.state")) if takes_state else None
         if state is not None and state.ndim == 2:
             state = state[:, None]
@@ -204,6 +216,15 @@ def read_case(folder: str | Path) -> Case:
     )
 
 
+def _lora_scale(lora: Mapping[str, Any]) -> float | None:
+    """What attention's LoRA is multiplied by, of openpi's settings; None where nothing says."""
+    lora = lora.get("attn", lora)
+    if "alpha" not in lora:
+        return None
+    rank = lora["rank"]
+    return lora["alpha"] / (math.sqrt(rank) if lora.get("rslora") else rank)
+
+
 def _plain(family: str) -> str:
     return family.lower().replace("-", "_").replace(".", "")
 
@@ -223,6 +244,8 @@ def _find_sources(folder: Path) -> list[Path]:
         shards |= set(json.loads(index.read_text()).get("weight_map", {}).values())
         found.append(index)
     for path in sorted(folder.iterdir()):
+        if COMPANION.fullmatch(path.name):
+            continue
         if path.is_dir():
             found += _checkpoints_below(path)
         elif path.name.endswith((".safetensors", *TORCH_SUFFIXES)) and path.name not in (
@@ -241,6 +264,7 @@ def _checkpoints_below(folder: Path, depth: int = 3) -> list[Path]:
     if _has_weights(folder):
         return [folder]
     inner = sorted(path for path in folder.iterdir() if path.is_dir()) if depth else []
+    inner = [path for path in inner if not COMPANION.fullmatch(path.name)]
     return [found for path in inner for found in _checkpoints_below(path, depth - 1)]
 
 
@@ -248,5 +272,6 @@ def _has_weights(folder: Path) -> bool:
     inner = [folder / METADATA, folder / "params" / METADATA]
     pattern = re.compile(r".*(\.safetensors|\.pt|\.pth|\.bin)(\.index\.json)?")
     return any(path.is_file() for path in inner) or any(
-        pattern.fullmatch(path.name) for path in folder.iterdir()
+        pattern.fullmatch(path.name) and not COMPANION.fullmatch(path.name)
+        for path in folder.iterdir()
     )

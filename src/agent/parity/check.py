@@ -7,6 +7,8 @@ deserve a second look before they count as missed, and the table says when one w
   of the vision tower, amplified by the layers, would be counted at every stage behind it;
 - bfloat16 numbers, which depend on the order of rounding: against a whole run of ours that rounds
   elsewhere (where openpi does, in written-out attention, in the weights alone, or nowhere).
+
+A case may hold its weights in two precisions. Its plain numbers were made with one of the two.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pizero.agent.parity.case import DTYPES, FAST, Case, read_case
 from pizero.agent.parity.fast import FastAnswers
 from pizero.agent.parity.flow import Answer, FlowAnswers
-from pizero.agent.parity.gradients import Gradients, gradients_of, joined_twins
+from pizero.agent.parity.gradients import Gradients, gradients_of, joined_twins, named_for
 from pizero.agent.parity.report import CaseReport, Row, Section, words
 from pizero.agent.parity.rounding import rounded_as_openpi
 from pizero.agent.parity.rules import Rule, Verdict, compare, rule_for
 from pizero.agent.parity.transforms import check_transforms, is_transforms
 from pizero.agent.weights import Found, Loaded, inspect, load_model
+from pizero.agent.weights.folder import model_weights
 from pizero.types import Tensor
 
 # What may stand between `out.` and the name: who made the number, or in which arithmetic.
@@ -51,19 +54,26 @@ def check_case(folder: str | Path) -> CaseReport:
     if is_transforms(folder):
         return check_transforms(folder)
     case = read_case(folder)
-    return CaseReport(case, tuple(check_source(case, path) for path in case.sources))
+    runs = {path: _Run(case, path) for path in case.sources}
+    sections = {path: _check_source(case, run) for path, run in runs.items()}
+    passed = [path for path, section in sections.items() if section.ok]
+    for path, section in sections.items():
+        for other in passed if section.failed else ():
+            if copy := _rounded_copy(runs[path], runs[other]):
+                _set_apart(case, section, f"{copy} {other.relative_to(case.folder)}")
+                break
+    return CaseReport(case, tuple(sections.values()))
 
 
-def check_source(case: Case, path: Path) -> Section:
+def _check_source(case: Case, run: _Run) -> Section:
     """Check one set of weights. Nothing is raised: what goes wrong is in the section."""
-    section = Section(path)
+    section = Section(run.path)
     try:
-        run = _Run(case, path)
         section.layout = run.loaded(case.dtype).found.layout
     except Exception as error:
         section.error = f"cannot be loaded: {words(error)}"
         return section
-    compared = (*_outputs(case, run, section.unknown), *_gradients(case, run, section.unknown))
+    compared = (*_outputs(case, run, section.unknown), *_gradients(case, run))
     for name, stored, ask in compared:
         rule = Rule()
         try:
@@ -73,6 +83,38 @@ def check_source(case: Case, path: Path) -> Section:
             verdict = Verdict(False, float("nan"), float("nan"), words(error))
         section.rows.append(Row(name, tuple(stored.shape), rule, verdict))
     return section
+
+
+def _rounded_copy(run: _Run, other: _Run) -> str | None:
+    """In words how the weights of a run are those of another but for rounding; None if they are
+    not."""
+    dtypes = [x.stored_dtype for x in (run, other)]
+    if dtypes[0] == dtypes[1]:
+        return None
+    narrow = min(dtypes, key=lambda dtype: dtype.itemsize)
+    one, two = (model_weights(x.loaded(torch.float32).model) for x in (run, other))
+    if one.keys() != two.keys():
+        return None
+    for name, tensor in one.items():
+        pair = (tensor, two[name])
+        if not torch.equal(*pair) and not torch.equal(*(x.to(narrow) for x in pair)):
+            return None
+    word = str(narrow).removeprefix("torch.")
+    return f"rounded to {word} from" if dtypes[0] == narrow else f"before rounding to {word},"
+
+
+def _set_apart(case: Case, section: Section, copy: str) -> None:
+    """Numbers that belong to the other set of weights, which met them, are not held against this
+    one; those in the arithmetic of rounded weights are."""
+    plain = [
+        row
+        for row in section.failed
+        if row.name.startswith("grad.") or _arithmetic(case, row.name)[0] == case.dtype
+    ]
+    section.rows = [row for row in section.rows if row not in plain]
+    names = ", ".join(row.name for row in plain[:4]) + (", ..." if len(plain) > 4 else "")
+    section.left_out.append(f"{len(plain)} tensors made with the weights {copy}: {names}")
+    section.rows.append(Row("weights", (), Rule(exact=True), Verdict(True, 0.0, 0.0, copy)))
 
 
 Ask = Callable[[Rule], Verdict]
@@ -122,23 +164,16 @@ def _over_orders(run: _Run, short: str, stored: Tensor, rule: Rule, own: Verdict
     return own
 
 
-def _gradients(case: Case, run: _Run, unknown: list[str]) -> Iterator[tuple[str, Tensor, Ask]]:
+def _gradients(case: Case, run: _Run) -> Iterator[tuple[str, Tensor, Ask]]:
     if not case.gradients:
         return
     names = run.names
     stored = joined_twins(names, case.gradients)
     loudest = max(x.double().norm().item() for x in stored.values())
     for name, theirs in stored.items():
-        try:
-            if Gradients(names, {}).resolve(name) is None:
-                unknown.append(f"grad.{name}")
-                continue
-        except ValueError:
-            pass  # comparing it will say what is wrong
 
         def ask(rule: Rule, name=name, theirs=theirs) -> Verdict:
             resolved = Gradients(names, {}).resolve(name)
-            assert resolved is not None
             ours = run.gradients(case.dtype)[resolved]
             verdict = compare(ours, theirs, rule)
             if not verdict.ok and case.dtype == torch.bfloat16:
@@ -159,12 +194,12 @@ def _gradients(case: Case, run: _Run, unknown: list[str]) -> Iterator[tuple[str,
 
 def _arithmetic(case: Case, name: str) -> tuple[torch.dtype, str]:
     """The arithmetic of an `out.*` tensor, and its name without what tells of it."""
-    first, _, rest = name.removeprefix("out.").partition(".")
-    if rest and first in DTYPES:
-        return DTYPES[first], rest
-    if rest and first in MAKERS:
-        return case.dtype, rest
-    return case.dtype, name.removeprefix("out.")
+    dtype, name = case.dtype, name.removeprefix("out.")
+    while True:
+        first, _, rest = name.partition(".")
+        if not rest or first not in (*MAKERS, *DTYPES):
+            return dtype, name
+        dtype, name = DTYPES.get(first, dtype), rest
 
 
 class _Run:
@@ -180,6 +215,12 @@ class _Run:
         if dtype not in self._loaded:
             self._loaded[dtype] = self._load(dtype)
         return self._loaded[dtype]
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the bulk of the weights."""
+        entries = self.loaded(self.case.dtype).found.source.entries.values()
+        return max(entries, key=lambda entry: entry.num_elements).dtype
 
     def answers(self, dtype: torch.dtype) -> Answers:
         if dtype not in self._answers:
@@ -205,8 +246,10 @@ class _Run:
         """The checkpoint whose names the gradients go by: the case's first."""
         first = self.case.sources[0]
         if self.path == first:
-            return self.loaded(self.case.dtype).found
-        return inspect(first, overrides=self.case.overrides(), kind=self.case.kind)
+            found = self.loaded(self.case.dtype).found
+        else:
+            found = inspect(first, overrides=self.case.overrides(), kind=self.case.kind)
+        return named_for(found, self.case.gradients)
 
     def orders(self) -> Iterator[tuple[str, Answers]]:
         """Other runs of the same numbers, less and less rounded."""

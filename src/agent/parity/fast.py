@@ -57,15 +57,15 @@ class FastAnswers:
         io = self.case.io
         if f"{prefix}tokens" not in io:
             raise ValueError(f"{self.case.folder} has no {prefix}tokens")
-        images, image_mask = self.case.images()
-        causal, learnt = io.get(f"{prefix}token_ar_mask"), io.get(f"{prefix}token_loss_mask")
+        own = any(name.startswith(f"{prefix}image") for name in io)
+        images, image_mask = self.case.images(prefix if own else "in.")
         return Observation(
             images=images,
             tokens=io[f"{prefix}tokens"],
             image_mask=image_mask,
-            token_mask=io.get(f"{prefix}token_mask"),
-            token_causal=None if causal is None else causal.bool(),
-            token_loss=None if learnt is None else learnt.bool(),
+            token_mask=self.case.mask(f"{prefix}token_mask"),
+            token_causal=self.case.mask(f"{prefix}token_ar_mask"),
+            token_loss=self.case.mask(f"{prefix}token_loss_mask"),
         )
 
     def _decode(self, row: int | None, name: str) -> Generated:

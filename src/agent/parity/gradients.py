@@ -6,18 +6,20 @@ What takes thought is what no link names:
 - weights whose result nobody reads have no gradient of ours: theirs must be zero;
 - a tensor listed twice (open-pi-zero's shared expert) has one gradient, under both names. A source
   that kept two copies gives each a part; the parts then add up to it;
-- an embedding may be stored under the name of the tied word head.
+- an embedding may be stored under the name of the tied word head;
+- an adapter's parts get theirs through the weight that they were merged into.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from pizero.agent.weights import Found
+from pizero.agent.weights.convert import OpenpiSource
 from pizero.agent.weights.lora import MergedLora
 from pizero.agent.weights.spelling import spell
 from pizero.types import Tensor
@@ -30,6 +32,16 @@ def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {n: g for n, g in zip(named, grads, strict=True) if g is not None}
+
+
+def named_for(found: Found, names: Iterable[str]) -> Found:
+    """The checkpoint as these gradients name it: openpi's PyTorch names may stand beside JAX's."""
+    if found.kind not in ("pi0", "pi05") or any(n in found.source.entries for n in names):
+        return found
+    if not any(spell(name).startswith("expert.") for name in names):
+        return found
+    source = OpenpiSource(found)
+    return replace(found, source=source, links=source.links, left_out=(), twins=())
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,10 @@ class Gradients:
         written = self.found.to_theirs(self.ours)
         for name, entry in entries.items():
             written.setdefault(name, torch.zeros(entry.shape))
+        source = self.found.source
+        if isinstance(source, MergedLora):
+            for name in source.adapted:
+                written |= source.gradients(name, written[name])
         for name, twin in self.found.twins:
             written[twin] = written[name]
         for name in (x.theirs for x in self.found.left_out if spell(x.theirs) == "head.weight"):
@@ -54,18 +70,15 @@ class Gradients:
                 written[name] = written[embedding]
         return written
 
-    def resolve(self, name: str) -> str | None:
+    def resolve(self, name: str) -> str:
         """The stored weight that a gradient's name means: itself, or another spelling of it.
 
-        None for an adapter's weight, which is merged into another. Raises ValueError where there is
-        no such weight.
+        Raises ValueError where there is no such weight.
         """
         source = self.found.source
-        entries = source.entries
+        entries = source.base.entries if isinstance(source, MergedLora) else source.entries
         if name in entries:
             return name
-        if isinstance(source, MergedLora) and name in source.base.entries:
-            return None
         spelled = {spell(n): n for n in entries}
         mine = spell(name)
         resolved = spelled.get(mine) or spelled.get(TIED.get(mine, ""))

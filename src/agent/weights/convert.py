@@ -42,14 +42,14 @@ class OpenpiSource:
         _refuse_other_conventions(found)
         self.path, self.metadata = found.source.path, {}
         self.ours = Ours(found, dtype=dtype)
-        self._links = Links(_renamed(_links(found)))
-        known = {name for link in self._links.links if (name := link.ours) in self.ours.entries}
+        self.links = Links(_renamed(_links(found)))
+        known = {name for link in self.links.links if (name := link.ours) in self.ours.entries}
         self.filled = [
-            name for name, group in self._links.by_theirs.items() if group[0].ours not in known
+            name for name, group in self.links.by_theirs.items() if group[0].ours not in known
         ]
         mixtures = found.model["joint"]["mixtures"]
         self.entries: dict[str, Entry] = {}
-        for name, group in self._links.by_theirs.items():
+        for name, group in self.links.by_theirs.items():
             like = self.ours.entries.get(group[0].ours)
             if like is None:
                 bulk = self.ours.entries["joint.mixtures.vlm.blocks.0.kv_proj.weight"]
@@ -65,7 +65,7 @@ class OpenpiSource:
         if name in self.filled:
             return torch.zeros(entry.shape, dtype=entry.dtype)
         theirs = torch.empty(entry.shape, dtype=entry.dtype)
-        for link in self._links.by_theirs[name]:
+        for link in self.links.by_theirs[name]:
             link.write(self.ours.read(link.ours), theirs)
         return theirs
 
@@ -127,7 +127,7 @@ class Ours:
 def in_reading_order(source: OpenpiSource) -> dict[str, Entry]:
     """Its entries such that each stored tensor of the original is read once."""
     order = {name: i for i, name in enumerate(source.ours.entries)}
-    links = source._links.by_theirs
+    links = source.links.by_theirs
 
     def place(name: str) -> int:
         group = links.get(name)

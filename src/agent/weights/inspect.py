@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from pizero.agent.weights import jax_layout, torch_layout
 from pizero.agent.weights.folder import UNREAD, WEIGHTS, own_folder, read_description
 from pizero.agent.weights.links import LeftOut, Link, Links
-from pizero.agent.weights.lora import MergedLora
+from pizero.agent.weights.lora import SCALES, MergedLora
 from pizero.agent.weights.nodes import language_node, override, pizero_node
 from pizero.agent.weights.safetensors_file import SafetensorsSource
 from pizero.agent.weights.source import Source, open_source
@@ -67,16 +67,24 @@ def inspect(
     """Recognise a checkpoint. Raises ValueError where nothing known fits.
 
     `overrides` sets what cannot be found, by dotted key of the model node: {"horizon": 10,
-    "vision.num_heads": 4}. `kind` "pi0_fast" tells a PaliGemma that speaks actions from one that
-    speaks words, which have the same tensors.
+    "vision.num_heads": 4}; "lora.vlm.scale" and "lora.action.scale" are alpha / rank of openpi's
+    adapters. `kind` "pi0_fast" tells a PaliGemma that speaks actions from one that speaks words,
+    which have the same tensors.
     """
     overrides = dict(overrides or {})
     if isinstance(path, str | Path) and (folder := own_folder(path)):
         return _own(folder, overrides)
     source = open_source(path) if isinstance(path, str | Path) else path
+    scales = {x: overrides.pop(key) for x, key in SCALES.items() if key in overrides}
+    merged, notes = MergedLora(source, scales), []
+    if merged.adapted and not scales and any("/attn/" in name for name in merged.adapted):
+        keys = ", ".join(map(repr, SCALES.values()))
+        notes.append(f"LoRA's alpha / rank is not stored: 1 assumed, overrides of {keys} change it")
+    if scales and not merged.adapted:
+        notes.append("there are no adapters here whose scale could be set")
     if any(name.startswith("PaliGemma/") for name in source.entries):
-        return _jax(MergedLora(source), overrides, kind)
-    return _torch(source, overrides, kind)
+        return _jax(merged, overrides, kind, notes)
+    return _torch(merged, overrides, kind, notes)
 
 
 def _own(folder: Path, overrides: dict[str, Any]) -> Found:
@@ -94,14 +102,16 @@ def _own(folder: Path, overrides: dict[str, Any]) -> Found:
     return Found(source, "pizero", kind, node, links, (), (), ())
 
 
-def _torch(source: Source, overrides: dict[str, Any], kind: str | None) -> Found:
+def _torch(
+    source: MergedLora, overrides: dict[str, Any], kind: str | None, notes: list[str]
+) -> Found:
     stored = spell_all(n for n in source.entries if not n.startswith(OLD_STATISTICS))
     _refuse_adapters(source)
     entries = {name: source.entries[theirs] for name, theirs in stored.items()}
     if "embed.weight" not in entries and "head.weight" in entries:
         entries["embed.weight"] = entries["head.weight"]
         stored["embed.weight"] = stored.pop("head.weight")
-    config, notes = _config_beside(source.path), []
+    config = _config_beside(source.path)
     open_pi_zero = any(n.startswith("time_action_mlp_in.") for n in entries)
     flow = open_pi_zero or any(n.startswith("action_in_proj.") for n in entries)
     if not flow and not any(n.startswith("vlm.layers.") for n in entries):
@@ -191,8 +201,10 @@ def _torch_left_out(
     return left_out, twins
 
 
-def _jax(source: Source, overrides: dict[str, Any], kind: str | None) -> Found:
-    entries, notes = source.entries, []
+def _jax(
+    source: MergedLora, overrides: dict[str, Any], kind: str | None, notes: list[str]
+) -> Found:
+    entries = source.entries
     flow = any(n.startswith("action_in_proj/") for n in entries)
     try:
         eyes = jax_layout.vision_sizes(entries)

@@ -54,16 +54,19 @@ def mixture(node: Mapping[str, Any], ours: str, suffix: str) -> Iterator[Link]:
             yield from linear(f"{mine}.dense", f"{theirs}/Dense_0", at=at)
         else:
             yield Link(f"{mine}.weight", f"{theirs}/scale", at=at)
+    together = node["num_heads"] == node["num_kv_heads"]  # then openpi keeps all three in one
+    q, kv = ("qkv", "qkv") if together else ("q", "kv")
+    q, kv, o = (f"{layers}attn/{x}_einsum{suffix}/w" for x in (q, kv, "attn_vec"))
     for i in range(node["depth"]):
         mine = f"{ours}blocks.{i}."
-        q, kv, o = (f"{layers}attn/{x}_einsum{suffix}/w" for x in ("q", "kv", "attn_vec"))
         mlp = f"{layers}mlp{suffix}/"
-        yield Link(f"{mine}q_proj.weight", q, "h i d -> (h d) i", at=(i,))
+        at = (i, 0) if together else (i,)
+        yield Link(f"{mine}q_proj.weight", q, "h i d -> (h d) i", at=at)
         yield Link(f"{mine}o_proj.weight", o, "h d o -> o (h d)", at=(i,))
         yield Link(f"{mine}down_proj.weight", f"{mlp}linear", "i o -> o i", at=(i,))
         for j in (0, 1):
-            rows = (j * keys, (j + 1) * keys)
-            yield Link(f"{mine}kv_proj.weight", kv, "g i d -> (g d) i", at=(i, j), rows=rows)
+            rows, at = (j * keys, (j + 1) * keys), (i, j + together)
+            yield Link(f"{mine}kv_proj.weight", kv, "g i d -> (g d) i", at=at, rows=rows)
             rows = (j * hidden, (j + 1) * hidden)
             gates = f"{mlp}gating_einsum"
             yield Link(f"{mine}gate_up_proj.weight", gates, "i o -> o i", at=(i, j), rows=rows)
@@ -111,14 +114,20 @@ def vision_sizes(entries: Mapping[str, Entry]) -> dict[str, Any]:
 
 def mixture_sizes(entries: Mapping[str, Entry], suffix: str) -> dict[str, Any]:
     """A Gemma stack's sizes; heads are axes of their own here."""
-    depth, heads, width, head_dim = entries[f"{LLM}layers/attn/q_einsum{suffix}/w"].shape
+    attn = f"{LLM}layers/attn/"
+    if (together := entries.get(f"{attn}qkv_einsum{suffix}/w")) is not None:
+        depth, _, heads, width, head_dim = together.shape
+        keys = heads
+    else:
+        depth, heads, width, head_dim = entries[f"{attn}q_einsum{suffix}/w"].shape
+        keys = entries[f"{attn}kv_einsum{suffix}/w"].shape[2]
     dense = f"{LLM}layers/pre_attention_norm{suffix}/Dense_0/kernel"
     return {
         "width": width,
         "depth": depth,
         "mlp_dim": entries[f"{LLM}layers/mlp{suffix}/gating_einsum"].shape[3],
         "num_heads": heads,
-        "num_kv_heads": entries[f"{LLM}layers/attn/kv_einsum{suffix}/w"].shape[2],
+        "num_kv_heads": keys,
         "head_dim": head_dim,
         "cond_dim": entries[dense].shape[1] if dense in entries else None,
     }

@@ -311,13 +311,38 @@ def test_adapters_are_not_taken_for_weights():
         loaded(tensors)
 
 
-# -- LoRA of openpi's JAX tree ---------------------------------------------------------------------
+# -- openpi's JAX tree -----------------------------------------------------------------------------
+
+
+def test_one_projection_of_all_three():
+    """openpi's form where there are as many key heads as query heads, as it evaluates it."""
+    tensors = {n: t.clone() for n, t in saved_by_openpi().items()}
+    generator = torch.Generator().manual_seed(0)
+    attn = "PaliGemma/llm/layers/attn/"
+    for suffix in ("", "_1"):
+        layers, heads, width, head_dim = tensors.pop(f"{attn}q_einsum{suffix}/w").shape
+        del tensors[f"{attn}kv_einsum{suffix}/w"]
+        shape = (layers, 3, heads, width, head_dim)
+        together = torch.randn(shape, generator=generator) / width**0.5
+        tensors[f"{attn}qkv_einsum{suffix}/w"] = together
+    expert = load_model(MemorySource(tensors)).model.joint.mixtures["action"]
+    assert expert.num_kv_heads == expert.num_heads == heads
+    block = expert.blocks[1]
+    x = torch.randn(5, width, generator=generator)
+    w = tensors[f"{attn}qkv_einsum_1/w"][1]
+    q, k, v = torch.einsum("td,qndh->qtnh", x, w).flatten(2)
+    torch.testing.assert_close(block.q_proj(x), q, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(block.kv_proj(x), torch.cat((k, v), dim=1), atol=1e-5, rtol=1e-5)
+
+
+def saved_by_openpi() -> Tensors:
+    source = open_source(PUBLISHED / "checkpoint")
+    return {name: source.read(name) for name in source.entries}
 
 
 def test_lora_leaves_are_merged_by_openpis_rules():
     """Against the layers as openpi evaluates them: base and adapter side by side."""
-    source = open_source(PUBLISHED / "checkpoint")
-    tensors = {name: source.read(name) for name in source.entries}
+    tensors = saved_by_openpi()
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -336,23 +361,57 @@ def test_lora_leaves_are_merged_by_openpis_rules():
             *heads, rows, columns = tensors[leaf].shape
             adapted[f"{leaf}_lora_a"] = random(*heads, rows, rank)
             adapted[f"{leaf}_lora_b"] = random(*heads, rank, columns)
-    result = load_model(MemorySource(adapted), overrides={"horizon": 6})
+    scale = 1.5
+    scales = {"lora.vlm.scale": 4.0, "lora.action.scale": scale}
+    result = load_model(MemorySource(adapted), overrides={"horizon": 6} | scales)
     assert result.report.adapted == 10
     block = result.model.joint.mixtures["action"].blocks[1]
     x = random(5, block.q_proj.in_features)
     q, a, b = (adapted[f"{root}attn/q_einsum_1/{x}"][1] for x in ("w", "lora_a", "lora_b"))
     expected = torch.einsum("td,ndh->tnh", x, q)
-    expected += torch.einsum("tnl,nlh->tnh", torch.einsum("td,ndl->tnl", x, a), b)
+    expected += scale * torch.einsum("tnl,nlh->tnh", torch.einsum("td,ndl->tnl", x, a), b)
     torch.testing.assert_close(block.q_proj(x), expected.flatten(1), atol=1e-5, rtol=1e-5)
     o, a, b = (adapted[f"{root}attn/attn_vec_einsum_1/{x}"][1] for x in ("w", "lora_a", "lora_b"))
     heads = random(5, *o.shape[:2])
     expected = torch.einsum("tnh,nhd->td", heads, o)
-    expected += torch.einsum("tl,nld->td", torch.einsum("tnh,nhl->tl", heads, a), b)
+    expected += scale * torch.einsum("tl,nld->td", torch.einsum("tnh,nhl->tl", heads, a), b)
     torch.testing.assert_close(block.o_proj(heads.flatten(1)), expected, atol=1e-5, rtol=1e-5)
     w, a, b = (adapted[f"{root}mlp_1/linear{x}"][1] for x in ("", "_lora_a", "_lora_b"))
     hidden = random(5, w.shape[0])
-    expected = hidden @ w + (hidden @ a) @ b
+    expected = hidden @ w + (hidden @ a) @ b  # openpi scales attention only
     torch.testing.assert_close(block.down_proj(hidden), expected, atol=1e-5, rtol=1e-5)
+    assert "no adapters here" in inspect(MemorySource(tensors), overrides=scales).notes[0]
     del adapted[f"{root}attn/q_einsum/w"]
     with pytest.raises(ValueError, match=r"LoRA leaves .* without .*q_einsum/w"):
+        inspect(MemorySource(adapted))
+
+
+def test_a_delta_on_a_rounded_base_is_rounded_once():
+    """openpi's adapted checkpoints keep what was frozen in bfloat16."""
+    leaf = "PaliGemma/llm/layers/mlp/linear"
+    tensors = {n: t.bfloat16() if "/llm/" in n else t for n, t in saved_by_openpi().items()}
+    layers, hidden, width = tensors[leaf].shape
+    a, b = torch.full((layers, hidden, 2), 2.0**-10), torch.full((layers, 2, width), 2.0**-6)
+    tensors |= {f"{leaf}_lora_a": a, f"{leaf}_lora_b": b}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(MemorySource(tensors), dtype=dtype, overrides={"horizon": 6}).model
+        got = model.joint.mixtures["vlm"].blocks[0].down_proj.weight
+        assert torch.equal(got, (tensors[leaf][0].float() + 2.0**-15).T.to(dtype))
+
+
+def test_adapters_of_open_pi_zero_are_merged():
+    """Its layers keep A and B beside their weight, without a scale."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(PUBLISHED.parent / "open_pi_zero" / "weights.safetensors")
+    name = "joint_model.mixtures.vlm.layers.1.self_attn.q_proj"
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = tensors[f"{name}.weight"].shape
+    a, b = (torch.randn(s, generator=generator) for s in ((3, columns), (rows, 3)))
+    adapted = tensors | {f"{name}.lora_A": a, f"{name}.lora_B": b}
+    model = load_model(MemorySource(adapted), overrides={"vision.num_heads": 4}).model
+    got = model.joint.mixtures["vlm"].blocks[1].q_proj.weight
+    torch.testing.assert_close(got, tensors[f"{name}.weight"] + b @ a)
+    del adapted[f"{name}.weight"]
+    with pytest.raises(ValueError, match=r"LoRA leaves .*lora_B'\] without .*q_proj.weight"):
         inspect(MemorySource(adapted))
