@@ -6,7 +6,8 @@ Needs PyAV (the `report` extra).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -42,7 +43,6 @@ def write_video(
         raise ValueError(f"no frames to write to {path}")
     if len(reached) != len(frames):
         raise ValueError(f"{len(frames)} frames but {len(reached)} outcomes for {path}")
-    av = _pyav()
     rows = list(frames)
     caption = _caption(rows[0].shape[1] + 2 * MARGIN, instruction, detail)
     held = max(1, round(HOLD_SECONDS * fps))
@@ -52,20 +52,37 @@ def write_video(
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    options = {"movflags": "faststart"}
-    with av.open(str(temporary), "w", format="mp4", options=options) as container:
-        stream = container.add_stream("libx264", rate=max(1, round(fps)))
-        first = _framed(rows[0], colours[0], caption)
-        stream.height, stream.width = first.shape[:2]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "25", "preset": "veryfast"}
-        for row, colour in zip(rows, colours, strict=True):
-            picture = av.VideoFrame.from_ndarray(_framed(row, colour, caption), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
+    pictures = (_framed(row, colour, caption) for row, colour in zip(rows, colours, strict=True))
+    _encode(temporary, pictures, fps=fps, crf=25)
     last = Image.fromarray(_framed(rows[-1], colours[-1], caption))
     last.save(path.with_suffix(".jpg"), quality=80)
     os.replace(temporary, path)
+
+
+def film(frames: Iterable[np.ndarray], *, fps: float, crf: int = 28) -> bytes:
+    """`frames` (uint8 [h w 3], as they are) as the bytes of an mp4."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "film.mp4"
+        _encode(path, (_even(frame) for frame in frames), fps=fps, crf=crf)
+        return path.read_bytes()
+
+
+def _encode(path: Path, pictures: Iterable[np.ndarray], *, fps: float, crf: int) -> None:
+    """H.264 of pictures with even sides."""
+    av = _pyav()
+    options = {"movflags": "faststart"}
+    with av.open(str(path), "w", format="mp4", options=options) as container:
+        stream = None
+        for picture in pictures:
+            if stream is None:
+                stream = container.add_stream("libx264", rate=max(1, round(fps)))
+                stream.height, stream.width = picture.shape[:2]
+                stream.pix_fmt = "yuv420p"
+                stream.options = {"crf": str(crf), "preset": "veryfast"}
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        if stream is None:
+            raise ValueError("expected at least one frame, got none")
+        container.mux(stream.encode())
 
 
 def _framed(row: np.ndarray, colour: tuple[int, int, int], caption: np.ndarray) -> np.ndarray:
@@ -77,7 +94,13 @@ def _framed(row: np.ndarray, colour: tuple[int, int, int], caption: np.ndarray) 
     top, rim = caption.shape[0], 3
     canvas[top - rim : top + height + rim, MARGIN - rim : MARGIN + width + rim] = colour
     canvas[top : top + height, MARGIN : MARGIN + width] = row
-    return np.pad(canvas, ((0, canvas.shape[0] % 2), (0, canvas.shape[1] % 2), (0, 0)), mode="edge")
+    return _even(canvas)
+
+
+def _even(picture: np.ndarray) -> np.ndarray:
+    """Both sides even, as yuv420 needs."""
+    odd = [(0, side % 2) for side in picture.shape[:2]]
+    return np.pad(picture, (*odd, (0, 0)), mode="edge")
 
 
 def _caption(width: int, instruction: str, detail: str) -> np.ndarray:

@@ -74,8 +74,12 @@ def small_multiple(
     high: float,
     width: int = 190,
     height: int = 120,
+    has_cursor: bool = False,
 ) -> str:
-    """A little chart without numbers on its x axis; a whole column shares `low` and `high`."""
+    """A little chart without numbers on its x axis; a whole column shares `low` and `high`.
+
+    `has_cursor` adds an upright line that a script may move by up to its `data-span`.
+    """
     left, right, top, bottom = 34, 6, 22, 8
     x_axis = _Axis.around([x for line in lines for x in line.x], start=left, stop=width - right)
     y_axis = _Axis.around([low, high], start=height - bottom, stop=top)
@@ -87,6 +91,64 @@ def small_multiple(
         )
         parts.append(_text(left - 5, y + 3, _number(value), "tiny", anchor="end"))
     parts += [_path(line, x_axis, y_axis) for line in lines]
+    if has_cursor:
+        parts.append(
+            f'<line class="cursor" data-span="{width - left - right}" x1="{left}" x2="{left}" '
+            f'y1="{top - 4}" y2="{height - bottom}"/>'
+        )
+    return "".join([*parts, "</svg>"])
+
+
+def histogram(
+    counts: Sequence[int],
+    *,
+    low: float,
+    high: float,
+    label: str,
+    marks: Sequence[tuple[float, str]] = (),
+    inside: tuple[float, float] | None = None,
+    ticks: Sequence[float] | None = None,
+    width: int = 190,
+    height: int = 50,
+) -> str:
+    """Bars over equal bins from `low` to `high`, as high as the square root of their counts.
+
+    `marks` are (value, what it is) for thin lines; bars beyond `inside` have another colour.
+    `ticks` None: round numbers.
+    """
+    left, right, top, bottom = 4, 4, 4, 15
+    base = height - bottom
+    x_axis = _Axis(low, high, left, width - right)
+    # Nearly all values of a robot that rests lie in one bin; the root keeps the others in sight.
+    tallest = math.sqrt(max(*counts, 1))
+    step = (high - low) / len(counts)
+    paths = {"a": "", "b": ""}
+    for i, count in enumerate(counts):
+        if not count:
+            continue
+        x, bar = x_axis(low + i * step), max(1.0, (base - top) * math.sqrt(count) / tallest)
+        middle = low + (i + 0.5) * step
+        beyond = inside is not None and not inside[0] <= middle <= inside[1]
+        wide = max(x_axis(low + (i + 1) * step) - x - 0.6, 0.6)
+        paths["b" if beyond else "a"] += f"M{x:.1f} {base}v-{bar:.1f}h{wide:.1f}v{bar:.1f}z"
+    parts = [_open(width, height, label)]
+    parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{base}" y2="{base}"/>')
+    parts += [f'<path class="bars {style}" d="{d}"/>' for style, d in paths.items() if d]
+    for value, what in marks:
+        if low <= value <= high:
+            x = x_axis(value)
+            parts.append(
+                f'<line class="quantile" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 3}" y2="{base + 3}">'
+                f"<title>{escape(what)}</title></line>"
+            )
+    last = -math.inf
+    for value in x_axis.ticks() if ticks is None else ticks:
+        x, text = x_axis(value), _number(value)
+        reach = 2.7 * len(text)
+        at = min(max(x, left + reach), width - right - reach)
+        if at - reach > last:
+            parts.append(_text(at, height - 3, text, "tiny", anchor="middle"))
+            last = at + reach + 3
     return "".join([*parts, "</svg>"])
 
 

@@ -137,14 +137,14 @@ if (!matchMedia("(prefers-reduced-motion: reduce)").matches) {
 """
 
 
-def page(*, title: str, parts: Iterable[str]) -> str:
-    """A whole offline document."""
+def page(*, title: str, parts: Iterable[str], style: str = "", script: str = "") -> str:
+    """A whole offline document; `style` and `script` are what this kind of page has of its own."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(part for part in parts if part)
-        + f"\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+        + f"\n</main>\n<script>{SCRIPT}{script}</script>\n</body>\n</html>\n"
     )
 
 
