@@ -37,6 +37,7 @@ from pizero.agent.weights import inspect, load_into
 from pizero.agent.weights.folder import read_description
 from pizero.data.hashing import mix_bits
 from pizero.data.loader import TrainLoader, ValLoader
+from pizero.data.rlds.tfdata import TfLoader, TfMix
 from pizero.model import PiZero, PiZeroFast
 from pizero.types import Batch, Tensor
 
@@ -102,7 +103,8 @@ class Trainer:
             self.parallel = DistributedDataParallel(
                 self.model, static_graph=self.passes == 1, gradient_as_bucket_view=True
             )
-        self.loader = TrainLoader(
+        loader = TfLoader if isinstance(data, TfMix) else TrainLoader
+        self.loader = loader(
             dataset=data,
             pipeline=pipeline,
             seed=config.seed,
