@@ -88,6 +88,7 @@ def test_wheel_holds_the_code_and_the_configuration(tmp_path):
     found = [file for kind in kinds for file in tree.glob(f"config/**/*.{kind}")]
     data = {f"pizero/{file.relative_to(tree)}" for file in found}
     assert {file.suffix for file in found} == {f".{kind}" for kind in kinds}
+    data |= {f"pizero/{file.relative_to(tree / 'src')}" for file in tree.glob("src/**/*.json")}
     assert inside == code | data
 
 
