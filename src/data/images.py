@@ -8,6 +8,8 @@ training saw. What is damaged is refused, never patched up.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -43,16 +45,23 @@ def decode_image(data: bytes) -> Array:
         if simplejpeg is not None and data[:3] == b"\xff\xd8\xff":
             _expect_size(*map(int, simplejpeg.decode_jpeg_header(data)[:2]))
             return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, strict=True)
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            _expect_size(image.height, image.width)
-            if image.format == "PNG" and _PNG_END not in data[-16:]:
-                raise ValueError("it is cut off before its end mark")
+        with _opened(data) as image:
             return np.array(image.convert("RGB"))
     except _DAMAGED as error:
-        raise ValueError(
-            f"expected a JPEG or PNG image, got {len(data)} bytes that start with {data[:8]!r}: "
-            f"{error}"
-        ) from error
+        raise _not_a_picture(data, error) from error
+
+
+def decode_stored(data: bytes) -> np.ndarray:
+    """[h w c] as stored, where decode_image would make colours of it: grey, with alpha or uint16.
+
+    ValueError as there.
+    """
+    try:
+        with _opened(data) as image:
+            pixels = np.array(image)
+    except _DAMAGED as error:
+        raise _not_a_picture(data, error) from error
+    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def encode_image(
@@ -145,6 +154,21 @@ def resize_depth(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if image.shape[:2] == tuple(size):
         return image
     return _resample(image, size, kernel="linear", antialias=True).numpy().astype(image.dtype)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        _expect_size(image.height, image.width)
+        if image.format == "PNG" and _PNG_END not in data[-16:]:
+            raise ValueError("it is cut off before its end mark")
+        yield image
+
+
+def _not_a_picture(data: bytes, error: Exception) -> ValueError:
+    return ValueError(
+        f"expected a JPEG or PNG image, got {len(data)} bytes that start with {data[:8]!r}: {error}"
+    )
 
 
 def _expect_size(height: int, width: int) -> None:

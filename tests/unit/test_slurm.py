@@ -84,3 +84,16 @@ def test_array_task_takes_its_line(slurm, tmp_path):
     failed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=20)
     assert failed.returncode == 1
     assert "no line 3" in failed.stderr
+
+
+def test_a_set_is_resized_in_parts(slurm):
+    calls, env = slurm
+    command = ["bash", "slurm/resize_rlds.sh", "data/bridge", "data/small", "--size", "224"]
+    program = "srun .venv/bin/python scripts/resize_rlds.py data/bridge data/small --size 224"
+    env |= {"SLURM_CPUS_PER_TASK": "16", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "8"}
+    subprocess.run(command, cwd=ROOT, env=env, check=True, timeout=20, capture_output=True)
+    assert calls.read_text().strip() == f"{program} --workers 16 --part 1/8"
+    calls.unlink()
+    alone = {key: value for key, value in env.items() if not key.startswith("SLURM_ARRAY")}
+    subprocess.run(command, cwd=ROOT, env=alone, check=True, timeout=20, capture_output=True)
+    assert calls.read_text().strip() == f"{program} --workers 16 --part 0/1"

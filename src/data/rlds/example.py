@@ -85,12 +85,21 @@ def encode_example(features: Mapping[str, Value]) -> bytes:
 
     Keys are written in sorted order, so equal episodes give equal bytes.
     """
-    entries = []
-    for key in sorted(features):
-        kind, body = _encode_list(key, features[key])
-        value = _block(_FIELDS[kind], body)
-        entries.append(_block(1, _block(1, key.encode()) + _block(2, value)))
-    return _block(1, b"".join(entries))
+    return _block(1, b"".join(_entry(key, features[key]) for key in sorted(features)))
+
+
+def replace_features(buffer: bytes | memoryview, changed: Mapping[str, Value]) -> bytes:
+    """A serialised Example with other lists under some keys; all else stays byte for byte."""
+    view = memoryview(buffer)
+    pieces: list[bytes | memoryview] = []
+    last = 0
+    for outer, _, start, end in _fields(view, 0, len(view)):
+        if outer == 1:
+            pieces.append(_block(1, _replace_entries(view, start, end, changed)))
+        else:
+            pieces.append(view[last:end])  # with the tag in front
+        last = end
+    return b"".join(pieces)
 
 
 def decode_varints(data: bytes | memoryview) -> np.ndarray:
@@ -123,6 +132,24 @@ def encode_varints(values: np.ndarray) -> bytes:
     octets = (rest & 0x7F).astype(np.uint8) | (more.astype(np.uint8) << 7)
     used = np.concatenate([np.ones((len(rest), 1), bool), more[:, :-1]], axis=1)
     return octets[used].tobytes()
+
+
+def _replace_entries(view: memoryview, start: int, end: int, changed: Mapping[str, Value]) -> bytes:
+    pieces: list[bytes | memoryview] = []
+    last = start
+    for inner, _, entry_start, entry_end in _fields(view, start, end):
+        key = _parse_entry(view, entry_start, entry_end)[0] if inner == 1 else ""
+        if inner == 1 and key in changed:
+            pieces.append(_entry(key, changed[key]))
+        else:
+            pieces.append(view[last:entry_end])
+        last = entry_end
+    return b"".join(pieces)
+
+
+def _entry(key: str, value: Value) -> bytes:
+    kind, body = _encode_list(key, value)
+    return _block(1, _block(1, key.encode()) + _block(2, _block(_FIELDS[kind], body)))
 
 
 def _parse_entry(view: memoryview, start: int, end: int) -> tuple[str, Feature]:

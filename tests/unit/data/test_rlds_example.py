@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pizero.data.rlds.example import decode_varints, encode_example, parse_example
+from pizero.data.rlds.example import (
+    decode_varints,
+    encode_example,
+    parse_example,
+    replace_features,
+)
 
 VALUES = {
     "bytes": [b"abc", b"", b"\x00" * 300],
@@ -97,3 +102,17 @@ def test_wrong_kind_is_refused():
         parsed["float"].ints()
     with pytest.raises(ValueError, match="key: an Example holds bytes, floats or integers"):
         encode_example({"key": np.array(["text"])})
+
+
+def test_replaced_lists_leave_all_else_byte_for_byte():
+    before = encode_example(VALUES)
+    assert replace_features(before, {}) == before
+    assert replace_features(before, VALUES) == before
+    changed = VALUES | {"bytes": [b"x" * 1000], "float": np.array([7], np.float32)}
+    assert replace_features(before, changed) == encode_example(changed)
+    # A field of later versions, and one inside the map, stay where they are.
+    unknown = b"\x38\x05" + before + b"\x0a\x02\x18\x07"
+    after = replace_features(unknown, {"int": np.array([3])})
+    assert after == b"\x38\x05" + encode_example(VALUES | {"int": np.array([3])}) + unknown[-4:]
+    with pytest.raises(ValueError, match="passes the end of its message"):
+        replace_features(before[:-3], {})
