@@ -69,7 +69,7 @@ class Trainer:
 
         data = build(config.data.train, path="data.train")
         held_out = build(config.data.val, path="data.val")
-        prepare.learn_from_data(config, data, ranks, previous=previous)
+        prepare.learn_from_data(config, data, held_out, ranks, previous=previous)
         names = prepare.by_pipeline(config, data)
         pipelines = {
             name: checkpoint.build_pipeline(config, self.folder, dataset=name) for name in names

@@ -206,7 +206,7 @@ class PolicyPipeline:
             longest = max(too_long, key=lengths.__getitem__)
             raise ValueError(
                 f"expected prompts of at most max_tokens={self.max_tokens} tokens, got "
-                f"{len(too_long)} longer ones among {len(lengths)} instructions, up to "
+                f"{len(too_long)} of {len(lengths)} instructions with more, up to "
                 f"{lengths[longest]}: {_shortened(longest)!r}; give "
                 f"pipeline.max_tokens={lengths[longest]}, or +pipeline.cut_prompts=true"
             )

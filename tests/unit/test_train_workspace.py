@@ -18,6 +18,7 @@ from pizero.agent.train import Trainer, TrainWorkspace
 from pizero.agent.training.distributed import Ranks, StopSignals
 from pizero.agent.training.noise import flow_draws
 from pizero.agent.weights.folder import find_checkpoint
+from pizero.data.dataset import EpisodeDataset
 
 QUICK = [
     "threads=1",
@@ -256,5 +257,23 @@ def test_tokenizer_larger_than_the_vocabulary(toy_data: Path, tmp_path: Path) ->
 
 def test_an_instruction_that_does_not_fit(toy_data: Path, tmp_path: Path) -> None:
     config = configure(toy_data, tmp_path, "pipeline.max_tokens=2")
-    with pytest.raises(ValueError, match=r"at most max_tokens=2 tokens, got .* longer ones among"):
+    with pytest.raises(
+        ValueError, match=r"at most max_tokens=2 tokens, got .* instructions with more"
+    ):
+        TrainWorkspace(config).run()
+
+
+def test_a_held_out_instruction_that_does_not_fit(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known before the first step, not at the first validation."""
+    texts, long = EpisodeDataset.texts, "a word or two " * 9
+    config = configure(toy_data, tmp_path)
+    held_out = config.data.val["split"]
+    monkeypatch.setattr(
+        EpisodeDataset,
+        "texts",
+        lambda self: [*texts(self), long] if self.split == held_out else texts(self),
+    )
+    with pytest.raises(ValueError, match=r"got 1 of .*'a word or two"):
         TrainWorkspace(config).run()

@@ -34,11 +34,12 @@ Data = EpisodeDataset | Mix
 
 
 def learn_from_data(
-    config: TrainConfig, data: Data, ranks: Ranks, *, previous: Path | None
+    config: TrainConfig, data: Data, held_out: Data, ranks: Ranks, *, previous: Path | None
 ) -> None:
     """Put statistics and tokenizers into the run folder: from `previous`, or learnt now.
 
-    A pipeline that names files of its own has them copied.
+    A pipeline that names files of its own has them copied. Nothing is learnt from `held_out`, but
+    its instructions have to fit too.
     """
     folder = Path(config.run_dir)
     if ranks.is_main and previous is not None:
@@ -62,7 +63,9 @@ def learn_from_data(
             found = fit_actions(config, data) if given is None else FastTokenizer.load(given)
             found.save(folder)
         for name, part in by_pipeline(config, data).items():
-            build_pipeline(config, folder, dataset=name).refuse_long(sentences(part))
+            later = [p for n, p in parts(held_out).items() if name in (None, n)]
+            texts = {*sentences(part), *(text for p in later for text in p.texts())}
+            build_pipeline(config, folder, dataset=name).refuse_long(sorted(texts))
     ranks.barrier()
 
 

@@ -84,7 +84,7 @@ def test_overlong_instructions_are_found_before_training(make_pipeline, prompt):
     pipeline.refuse_long(texts)
     images, state = {"corner": np.zeros((16, 16, 3), np.uint8)}, pipeline.statistics["state"].mean
     length = len(pipeline.observation(images=images, text=texts[3], state=state)["tokens"])
-    with pytest.raises(ValueError, match=f"among 4 instructions, up to {length}: 'a longer"):
+    with pytest.raises(ValueError, match=f"of 4 instructions with more, up to {length}: 'a longer"):
         make_pipeline(prompt=prompt, max_tokens=length - 1).refuse_long(texts)
     make_pipeline(prompt=prompt, max_tokens=length - 1, cut_prompts=True).refuse_long(texts)
 
