@@ -2,14 +2,18 @@
 
 A dot chases the red or the green square, as the sentence says. It has the layout of collected
 demonstrations and is small enough to train on within seconds.
+
+With --spec it has the features of a published set instead, and a hand grasps the block that the
+sentence names: python scripts/make_toy_data.py outputs/toy --spec bridge_dataset --size 64
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
 
 from pizero.data.rlds.spec import FeatureSpec
+from pizero.data.rlds.synthetic import specs, write_synthetic
 from pizero.data.rlds.writer import RldsWriter
 
 SIZE = 16
@@ -18,9 +22,36 @@ EPISODES = {"train": 24, "val": 6}
 STEPS = 8
 
 
-def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/toy/data")
-    print(write_toy_data(folder))
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs/toy/data"))
+    known = ", ".join(specs())
+    parser.add_argument("--spec", help=f"{known}, or the path of a features.json")
+    published = parser.add_argument_group("with --spec")
+    published.add_argument("--train", type=int, default=EPISODES["train"], help="episodes")
+    published.add_argument("--val", type=int, default=EPISODES["val"], help="episodes; 0: no split")
+    published.add_argument("--size", type=int, help="of pictures; without it as in the spec")
+    published.add_argument("--steps", type=int, nargs=2, default=(20, 60), help="fewest and most")
+    published.add_argument("--shards", type=int, default=1, help="files of each split")
+    published.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if options.spec is None:
+        print(write_toy_data(options.folder))
+        return
+    size = None if options.size is None else (options.size, options.size)
+    episodes = {"train": options.train} | ({"val": options.val} if options.val else {})
+    path = write_synthetic(
+        options.folder,
+        options.spec,
+        episodes=episodes,
+        image_size=size,
+        steps=tuple(options.steps),
+        shards=options.shards,
+        seed=options.seed,
+    )
+    print(path)
 
 
 def write_toy_data(folder: Path) -> Path:
