@@ -43,6 +43,7 @@ class Mix:
             raise ValueError(f"expected a weight for every dataset, got none for {missing}")
         self.datasets = dict(datasets)
         self.names = list(datasets)
+        self.weights, self.balance = weights, balance
         self._sources: list[_Source] = []
         self._shares: list[float] = []
         for number, (name, dataset) in enumerate(self.datasets.items()):

@@ -49,7 +49,7 @@ class TfMix(Mix):
     def __init__(
         self,
         *,
-        datasets: Mapping[str, RldsDataset],
+        datasets: Mapping[str, EpisodeDataset],
         weights: Mapping[str, float] | None = None,
         balance: str | None = None,
         shuffle_buffer: int = 50_000,
@@ -71,6 +71,8 @@ class TfMix(Mix):
                     f"{name}: {dataset.index.directory} has {count} damaged records, which "
                     "TensorFlow cannot leave out; use Mix, or repair the files"
                 )
+        if len(found := {dataset.frames for dataset in self.datasets.values()}) > 1:
+            raise ValueError(f"expected data sets of equally many frames, got {sorted(found)}")
 
     def samples(
         self,
@@ -134,6 +136,7 @@ class TfMix(Mix):
 
     def _read(self, tf: Any, stream: Any) -> Iterator[Sample]:
         """What comes out of the stream in the form of samples."""
+        failures = tf.errors.OpError  # an abandoned stream may outlive the module
         try:
             for frame in stream.as_numpy_iterator():
                 name = self.names[int(frame["dataset"])]
@@ -150,9 +153,10 @@ class TfMix(Mix):
                     "step": int(frame["step"]),
                     "dataset": name,
                 }
-        except tf.errors.OpError as error:
+        except failures as error:
             where = ", ".join(str(d.index.directory) for d in self.datasets.values())
-            raise ValueError(f"streaming {where}: {error.message}") from error
+            first = str(error.message).split("\n")[0]
+            raise ValueError(f"streaming {where}: {first}") from error
 
 
 class TfLoader(TrainLoader):
@@ -163,12 +167,19 @@ class TfLoader(TrainLoader):
     TensorFlow does it.
     """
 
-    def __init__(self, *, dataset: TfMix, order: str = "global", **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        dataset: TfMix,
+        order: str = "global",
+        start_method: str | None = "spawn",  # a process that holds TensorFlow must not fork
+        **arguments: Any,
+    ) -> None:
         if order != "global":
             raise ValueError(
                 f"a stream has an order of its own; expected order global, got {order!r}"
             )
-        super().__init__(dataset=dataset, order=order, **arguments)
+        super().__init__(dataset=dataset, order=order, start_method=start_method, **arguments)
         self._mix = dataset
 
     def _batches(self, numbers: Iterable[list[int]]) -> Iterable[dict[str, Tensor]]:
@@ -205,6 +216,17 @@ class _Stream(IterableDataset):
             yield self.encode(found, np.array(numbers)) | {"skipped": torch.tensor(0)}
 
 
+def streamed(*, mix: Mix, shuffle_buffer: int = 50_000, read_files: int = 4) -> TfMix:
+    """A mix that was made by something else, such as `oxe_mix`, as one that TensorFlow streams."""
+    return TfMix(
+        datasets=mix.datasets,
+        weights=mix.weights,
+        balance=mix.balance,
+        shuffle_buffer=shuffle_buffer,
+        read_files=read_files,
+    )
+
+
 def iterate(
     dataset: RldsDataset,
     *,
@@ -220,7 +242,7 @@ def iterate(
 
 
 def import_tensorflow() -> tuple[Any, Any]:
-    """TensorFlow, without its hands on a GPU, and tensorflow_datasets; ValueError without them."""
+    """TensorFlow, which leaves GPUs alone then, and tfds; ValueError where they are missing."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         tf, tfds = map(import_module, ("tensorflow", "tensorflow_datasets"))
@@ -230,6 +252,7 @@ def import_tensorflow() -> tuple[Any, Any]:
             f"pip install '{EXTRA}', or use pizero.data.mix.Mix, which needs neither"
         ) from error
     tf.config.set_visible_devices([], "GPU")
+    tf.get_logger().setLevel("ERROR")  # tfds calls functions that TensorFlow calls old
     return tf, tfds
 
 

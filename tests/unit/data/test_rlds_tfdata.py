@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from rlds_demo import LENGTHS, open_demo
 
-from pizero.data.rlds.tfdata import TfMix, iterate
+from pizero.data import Mix
+from pizero.data.rlds.tfdata import TfMix, iterate, streamed
 
 
 @pytest.fixture
@@ -21,6 +23,17 @@ def test_a_stream_describes_itself_as_a_mix_does(demo, without_tensorflow):
     mix = TfMix(datasets={"a": demo, "b": demo}, weights={"a": 3, "b": 1})
     assert len(mix) == 2 * sum(LENGTHS)
     assert mix.shares() == {"a": 0.75, "b": 0.25}
+
+
+def test_any_mix_can_be_streamed(demo):
+    mix = Mix(datasets={"a": demo, "b": demo}, weights={"a": 3, "b": 1}, balance="task")
+    numbers = np.arange(100)
+    for ours, theirs in zip(
+        mix.locate(mix.order(0), numbers),
+        (stream := streamed(mix=mix)).locate(stream.order(0), numbers),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_stream_without_tensorflow_names_the_extra(demo, without_tensorflow):
