@@ -13,6 +13,7 @@ that they make, if they do.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,9 +29,6 @@ from pizero.agent.guess import Feature, guess_action, guess_cameras, guess_state
 from pizero.agent.published import robot_node
 from pizero.data.dataset import EpisodeDataset, RldsDataset
 from pizero.data.index import unknown_key
-from pizero.data.lerobot.dataset import LeRobotDataset
-from pizero.data.lerobot.files import INFO, find_set, read_json
-from pizero.data.lerobot.meta import read_meta
 from pizero.data.mix import Mix
 from pizero.data.oxe import MIXES, OXE_SETS, Action, OxeSet, State, oxe_mix, oxe_set
 from pizero.data.oxe.registry import VIEWS
@@ -39,6 +37,7 @@ from pizero.data.rlds.spec import DatasetSpec
 from pizero.data.robot import Robot
 from pizero.data.stats import Statistics, compute_statistics, load_statistics
 
+INFO = "meta/info.json"  # of a LeRobot set
 KEYS = ("cameras", "state", "action", "text")
 HORIZON = 16  # where neither the command, nor a robot, nor a configuration says
 
@@ -171,6 +170,8 @@ def open_folder(
     keys = {what: given[what] if what in given else guesses[what]() for what in KEYS}
     names: dict[str, tuple[str, ...]] = {}
     if is_lerobot:
+        from pizero.data.lerobot import LeRobotDataset
+
         relaxed: tuple[dict[str, Any], ...] = (
             {"tolerance_s": math.inf},
             {"tolerance_s": math.inf, "on_error": "skip"},
@@ -237,8 +238,9 @@ def open_configured(
         about: dict[str, Any] = {"keys": keys}
         if "name" in said:
             about = _registered(oxe_set(said["name"]), dataset)
-        elif isinstance(dataset, LeRobotDataset):
-            about |= {"fps": dataset.fps, "names": _lerobot_names(dataset.index.directory, said)}
+        elif "fps" in dataset.index.facts:  # LeRobot
+            names = _lerobot_names(dataset.index.directory, said)
+            about |= {"fps": dataset.index.facts["fps"], "names": names}
         if fps is not None:
             about["fps"] = fps
         sources.append(make_source(part, dataset, robot=known, learning=learning, **about))
@@ -330,9 +332,8 @@ def usual_split(directory: Path) -> str:
 
 def dataset_splits(dataset: EpisodeDataset) -> list[str]:
     """The names of all splits of a data set."""
-    if isinstance(dataset, LeRobotDataset):
-        return list(dataset.index.facts["splits"])
-    return splits(dataset.index.directory)
+    found = dataset.index.facts.get("splits")  # LeRobot's say it
+    return splits(dataset.index.directory) if found is None else list(found)
 
 
 def dataset_name(directory: Path) -> str:
@@ -346,6 +347,15 @@ def _find(path: str | Path) -> tuple[Path, dict[str, Feature], bool]:
     """The folder of a data set, the features of its steps, and whether it is LeRobot's."""
     place = Path(path).expanduser()
     if (place / INFO).is_file() or not place.exists():
+        try:
+            from pizero.data.lerobot.files import find_set
+            from pizero.data.lerobot.meta import read_meta
+        except ImportError as error:
+            if not place.exists():
+                raise ValueError(_nowhere(str(path))) from error
+            raise ValueError(
+                f"reading LeRobot sets needs {error.name}: pip install 'pizero[lerobot]'"
+            ) from error
         try:
             directory = find_set(path)
         except ValueError as error:
@@ -392,7 +402,7 @@ def _open(
 
 def _lerobot_names(directory: Path, keys: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """What meta/info.json calls the entries of the state and the action, as far as it does."""
-    features = read_json(directory / INFO)["features"]
+    features = json.loads((directory / INFO).read_text())["features"]
     found = {}
     for what in ("state", "action"):
         names: list[str] = []

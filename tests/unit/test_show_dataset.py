@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -378,6 +379,13 @@ def test_data_without_state_words_and_pictures(tmp_path):
     html = page.read_text()
     check_document(html)
     assert "no numbers of state and 2 of action" in html
+
+
+def test_without_pyav_there_are_strips(arm, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    shown = record(arm.dataset, 0, fps=10, max_bytes=10**6)
+    assert shown.film is None
+    assert all(picture for picture in shown.strips["front"])
 
 
 # -- what is found --------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ from typing import Any
 from pizero.agent.report.dataset_look import Look
 from pizero.agent.report.dataset_pictures import CameraProbe, Probes
 from pizero.agent.report.page import facts, section, table
-from pizero.agent.sources import Source
-from pizero.data.lerobot.files import INFO, read_json
+from pizero.agent.sources import INFO, Source
 from pizero.data.oxe import oxe_set
 from pizero.data.rlds.spec import DatasetSpec, FeatureSpec
 
@@ -115,7 +114,7 @@ def _rlds(directory: Path) -> OnDisk:
 
 
 def _lerobot(directory: Path) -> OnDisk:
-    info = read_json(directory / INFO)
+    info = _json(directory / INFO)
     files = [path for path in sorted(directory.rglob("*")) if path.suffix in (".parquet", ".mp4")]
     sizes = (len(files), sum(path.stat().st_size for path in files))
     splits = {}
