@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,12 @@ def make_once(places: Sequence[Path], name: str, make: Callable[[Path], None]) -
     for home in places:
         if (home / name / MANIFEST).exists():
             return home / name
+    if getattr(current_process(), "_inheriting", False):
+        # Waiting for the lock would be for ever: the process that holds it waits for this one.
+        raise RuntimeError(
+            "a process that was started to help imports the script, which opens the data set "
+            "again; put what the script does under `if __name__ == '__main__':`"
+        )
     for home in places:
         try:
             home.mkdir(parents=True, exist_ok=True)

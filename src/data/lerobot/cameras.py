@@ -15,7 +15,7 @@ import numpy as np
 
 from pizero.data.lerobot.meta import Meta
 from pizero.data.lerobot.video import VideoFacts, probe_video
-from pizero.data.lerobot.workers import Workers
+from pizero.data.workers import Workers
 
 ASTRAY = 0.25  # frames that a time may lie beside a frame, where times are all there is
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pizero.data.files import write_whole
-from pizero.data.lerobot.workers import Workers
+from pizero.data.workers import Workers
 
 CHECKSUMS = "SHA256SUMS"
 

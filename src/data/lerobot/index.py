@@ -32,7 +32,7 @@ from pizero.data.lerobot.meta import Meta, read_meta
 from pizero.data.lerobot.rows import Layout, check_statistics, column_shape, is_read, why_not
 from pizero.data.lerobot.tables import Data, read_data
 from pizero.data.lerobot.video import TOLERANCE
-from pizero.data.lerobot.workers import Workers
+from pizero.data.workers import Workers
 
 NAME = "lerobot"  # of an index's folder, before its key
 SCHEMA = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from pizero.data.lerobot.encode import ENCODERS, GOP, VideoEncoder, check_codec,
 from pizero.data.lerobot.files import INFO, is_snapshot, read_json
 from pizero.data.lerobot.meta import read_meta
 from pizero.data.lerobot.video import VideoFacts, probe_video
-from pizero.data.lerobot.workers import Workers
 from pizero.data.lerobot.writer import video_info
+from pizero.data.workers import Workers
 
 
 def reencode_set(
@@ -101,15 +102,15 @@ def _encode(source: Any, path: Path, facts: VideoFacts, options: Mapping[str, An
     encoder = VideoEncoder(
         path, fps=rate, height=facts.height, width=facts.width, like=stream, **options
     )
-    for frame in source.decode(stream):
-        start = frame.time if start is None else start
-        if abs(frame.time - start - encoder.frames / rate) > 0.5 / rate:
-            raise ValueError(
-                f"frame {encoder.frames} is shown at {frame.time:.4f} s; expected a constant rate "
-                f"of {float(rate):g} frames per second"
-            )
-        encoder.add_frame(frame)
-    encoder.close()
+    with closing(encoder):
+        for frame in source.decode(stream):
+            start = frame.time if start is None else start
+            if abs(frame.time - start - encoder.frames / rate) > 0.5 / rate:
+                raise ValueError(
+                    f"frame {encoder.frames} is shown at {frame.time:.4f} s; expected a constant "
+                    f"rate of {float(rate):g} frames per second"
+                )
+            encoder.add_frame(frame)
     return encoder.frames
 
 

@@ -14,7 +14,7 @@ from pizero.data.index import OWN, Tables
 from pizero.data.lerobot.files import open_parquet, parquet_errors
 from pizero.data.lerobot.meta import Meta
 from pizero.data.lerobot.rows import Layout, Part, Rows, Strings, is_read, read_part
-from pizero.data.lerobot.workers import Workers
+from pizero.data.workers import Workers
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,8 @@ import os
 import re
 import zlib
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +33,10 @@ from pizero.data.index import (
     stamps,
     unknown_key,
 )
-from pizero.data.progress import watched
 from pizero.data.rlds.example import Feature, parse_example
 from pizero.data.rlds.spec import STEPS, DatasetSpec, FeatureSpec
 from pizero.data.rlds.tfrecord import CorruptRecordError, scan_records, verify_record
+from pizero.data.workers import Workers
 
 LARGEST_ROW = 64  # numbers; longer vectors (language embeddings) are left in the files
 WORTH_PROCESSES = 2**30  # bytes of a split
@@ -127,11 +125,8 @@ def _make(
         fitting = min(8, os.cpu_count() or 1, len(files))
         num_workers = fitting if total > WORTH_PROCESSES and fitting > 1 else 0
     what = f"indexing {split} of {directory.name}, {len(files)} files, {total / 1e9:.3g} GB"
-    if num_workers:
-        with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-            shards = list(watched(pool.map(_index_shard, jobs), total=len(jobs), what=what))
-    else:
-        shards = list(watched(map(_index_shard, jobs), total=len(jobs), what=what))
+    with Workers(num_workers) as workers:
+        shards = list(workers(_index_shard, jobs, what=what))
     damaged = [line for shard in shards for line in shard.damaged]
     for line in damaged[:20]:
         log.warning("left out: %s", line)

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -143,3 +145,15 @@ def test_spec_round_trip_and_ragged_features():
         DatasetSpec.from_flat({"task": FeatureSpec.text()})
     with pytest.raises(ValueError, match=r"stored as 'jpeg' or 'png', got 'gif'"):
         FeatureSpec.image(1, 1, encoding="gif")
+
+
+def test_a_script_without_a_guard_ends_instead_of_waiting_for_ever(copy, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pizero.data import open_index\n"
+        f"print(len(open_index({str(copy)!r}, 'train', num_workers=2).lengths))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "ValueError: indexing train of 1.0.0" in done.stderr
+    assert "if __name__ == '__main__':" in done.stderr

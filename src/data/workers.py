@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import TypeVar
 
@@ -34,7 +35,13 @@ class Workers:
             )
         else:
             results = map(function, items)
-        return watched(results, total=len(items), what=what)
+        try:
+            yield from watched(results, total=len(items), what=what)
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"{what}: a process ended early, for want of memory or because the script lacks "
+                "`if __name__ == '__main__':` around what it does (index_workers=0 needs neither)"
+            ) from error
 
     def __enter__(self) -> Workers:
         return self
