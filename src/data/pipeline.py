@@ -273,7 +273,7 @@ class PolicyPipeline:
 
     def collate_observations(self, encoded: Sequence[Encoded]) -> Observation:
         """A batch of encoded observations; masks are None when nothing is missing."""
-        images = _stack(encoded, "images").permute(0, 1, 4, 2, 3).contiguous()
+        images = np.stack([np.moveaxis(e["images"], -1, 1) for e in encoded])
         image_mask = _stack(encoded, "image_mask")
         lengths = [len(e["tokens"]) for e in encoded]
         width = max(lengths) if self.trim_tokens else self.max_tokens
@@ -286,7 +286,7 @@ class PolicyPipeline:
             causal[token_mask] = np.concatenate([e[CAUSAL] for e in encoded])
             learnt[token_mask] = np.concatenate([e[LOSS] for e in encoded])
         return Observation(
-            images=images,
+            images=torch.from_numpy(images),
             tokens=torch.from_numpy(tokens),
             image_mask=None if bool(image_mask.all()) else image_mask,
             token_mask=None if bool(token_mask.all()) else torch.from_numpy(token_mask),
@@ -366,7 +366,9 @@ class PolicyPipeline:
             near = difflib.get_close_matches(unknown[0], self.cameras, 1) if unknown else []
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"expected images of {', '.join(self.cameras)}, got {got}{hint}")
-        stacked = np.zeros((len(self.cameras), self.frames, *self.image_size, 3), np.uint8)
+        # In memory channels first, as they go to the model: collating them is a plain copy.
+        planes = np.zeros((len(self.cameras), self.frames, 3, *self.image_size), np.uint8)
+        stacked = np.moveaxis(planes, 2, -1)
         for i, name in enumerate(self.cameras):
             if name not in views:
                 continue
