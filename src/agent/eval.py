@@ -170,7 +170,10 @@ class EvalWorkspace:
                 weights=weights.value,
                 seed=config.seed,
             )
-        check_fit(policies[Weights.checkpoint.value], world, act_steps=config.act_steps)
+        policy = policies[Weights.checkpoint.value]
+        check_fit(policy, world, act_steps=config.act_steps)
+        tasks = [world["tasks"][name] for name in config.tasks or world["tasks"]]
+        policy.pipeline.refuse_long({text for task in tasks for text in task["sentences"]})
         return policies
 
     def _run(
@@ -340,7 +343,9 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     kept = ("step", "samples", "weights")
     commit = metadata["versions"].get("git commit")
     trained = {"trained at git commit": commit} if commit else {}
-    return {"folder": str(folder), **{k: metadata[k] for k in kept}, **trained}
+    here = Path.cwd()
+    shown = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    return {"folder": str(shown), **{k: metadata[k] for k in kept}, **trained}
 
 
 def describe_model(policy: Policy) -> dict[str, Any]:

@@ -125,4 +125,9 @@ def test_mistakes_are_named_before_any_episode(checkpoint, tmp_path):
         evaluation(tmp_path, checkpoint, act_steps=9).run()
     with pytest.raises(ValueError, match="at least one arm"):
         evaluation(tmp_path, checkpoint, arms={})
+    wordy = evaluation(tmp_path, checkpoint).config.env | {"options": {"also": ["words " * 30]}}
+    with pytest.raises(
+        ValueError, match=r"got 1 of 4 instructions with more, up to .*: 'words wor"
+    ):
+        evaluation(tmp_path, checkpoint, env=wordy).run()
     assert not list(tmp_path.glob("results.json"))

@@ -14,12 +14,13 @@ SENTENCES = {"go-left": ["go to the left wall"], "go-right": ["go to the right w
 
 
 class LineWorld:
-    def __init__(self, *, max_steps=12, size=16, die_at_start=None, slow_start=None):
+    def __init__(self, *, max_steps=12, size=16, die_at_start=None, slow_start=None, also=()):
         self.max_steps, self.size = max_steps, size
-        self.die_at_start, self.slow_start = die_at_start, slow_start
+        self.die_at_start, self.slow_start, self.also = die_at_start, slow_start, list(also)
 
     def describe(self):
-        tasks = {name: {"sentences": s, "group": "line"} for name, s in SENTENCES.items()}
+        sentences = {name: [*own, *self.also] for name, own in SENTENCES.items()}
+        tasks = {name: {"sentences": s, "group": "line"} for name, s in sentences.items()}
         return {
             "tasks": tasks,
             "cameras": ["corner", "wrist"],
