@@ -207,8 +207,8 @@ class PolicyPipeline:
             raise ValueError(
                 f"expected prompts of at most max_tokens={self.max_tokens} tokens, got "
                 f"{len(too_long)} of {len(lengths)} instructions with more, up to "
-                f"{lengths[longest]}: {_shortened(longest)!r}; give "
-                f"pipeline.max_tokens={lengths[longest]}, or +pipeline.cut_prompts=true"
+                f"{lengths[longest]}: {_shortened(longest)!r}; the pipeline needs "
+                f"max_tokens={lengths[longest]}, or cut_prompts"
             )
 
     def encode_actions(self, sample: Mapping[str, Any]) -> np.ndarray:
@@ -256,6 +256,12 @@ class PolicyPipeline:
                     "this policy reads the robot's state; expected state [S], got None"
                 )
             present = self._frames(self._policy_state(state, live))
+            width = self._normalizers["state"].size
+            if present.shape[-1] != width:
+                raise ValueError(
+                    f"expected a state of {width} numbers, as in the statistics, got "
+                    f"{present.shape[-1]}"
+                )
             normalized = self._normalizers["state"].normalize(present)
             if self.state_dim is not None:
                 encoded["state"] = _pad_last(normalized, self.state_dim)
