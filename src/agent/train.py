@@ -82,7 +82,9 @@ class Trainer:
         self.units = self.pipeline if len(pipelines) == 1 else None  # robots may differ in them
         self.augmentation = None
         if config.data.augment is not None:
-            self.augmentation = build(config.data.augment, path="data.augment")
+            self.augmentation = build(
+                config.data.augment, path="data.augment", cameras=self.pipeline.cameras
+            )
         self.data = {"train": prepare.describe(data), "val": prepare.describe(held_out)}
         self.model = self._make_model()
         self.loss = loss_of(self.model, self.pipeline, config)

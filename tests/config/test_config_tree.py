@@ -142,6 +142,14 @@ def test_recipe_builds_for_the_cameras_of_a_pipeline(path: Path) -> None:
     assert result.dtype == images.dtype
 
 
+@pytest.mark.parametrize("name", ["train_bridge", "train_demo"])
+def test_another_recipe_is_chosen_on_the_command_line(name: str) -> None:
+    words = ["augment@data.augment=octo", "data.augment.alike=steps"]
+    config = load_config(name, [*overrides_of(name), *words])
+    recipe = build(config.data.augment, path="data.augment", cameras=["primary", "wrist"])
+    assert (len(recipe.steps), recipe.alike, recipe.colour_only) == (5, "steps", (1,))
+
+
 def test_a_robot_is_added_to_a_pipeline_on_the_command_line() -> None:
     config = load_config(
         "train_bridge", ["+robot@pipeline.robot=widowx", *overrides_of("train_bridge")]
