@@ -16,13 +16,19 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from pizero.agent.config import build, config_dir
-from pizero.agent.weights.assets import Assets, find_assets
+from pizero.agent.weights.assets import find_assets
 from pizero.agent.weights.inspect import Found
+from pizero.agent.weights.lerobot import Processors
 
 if TYPE_CHECKING:
     from pizero.data.pipeline import PolicyPipeline
 
 _TOKENIZER, _ACTION_TOKENIZER = "PIZERO_TOKENIZER", "PIZERO_FAST_TOKENIZER"
+# One of giga-models' tensors, whose layers hold both experts.
+_GIGA = {
+    f"{wrapper}paligemma_with_expert.layers.0.self_attn.q_proj.0.weight"
+    for wrapper in ("", "module.", "_orig_mod.")
+}
 
 
 def pipeline_node(
@@ -59,12 +65,14 @@ def pipeline_node(
         node["action_tokenizer"] = str(spelt)
     elif action_tokenizer is not None:
         raise ValueError(f"{found.source.path} is {found.kind}, which spells no actions")
-    _take(node, assets)
+    own_resize = _take(node, assets.processors, found)
     if robot is not None:
-        # What belongs to the robot is the robot's to say: cameras, resizing, normalisation.
+        # What belongs to the robot is the robot's to say, unless the checkpoint says it itself.
         node["robot"] = robot_node(robot)
-        node |= {"cameras": None, "resize": None}
-        if node["robot"].get("normalization") is not None:
+        node["cameras"] = None
+        if not own_resize:
+            node["resize"] = None
+        if node["robot"].get("normalization") is not None and assets.processors is None:
             node["normalization"] = None
     given = statistics or assets.statistics
     if given is not None:
@@ -118,17 +126,28 @@ def robot_node(robot: str | Path) -> dict[str, Any]:
     return _container(config_dir() / "robot" / f"{robot}.yaml")
 
 
-def _take(node: dict[str, Any], assets: Assets) -> None:
-    """What LeRobot's processors say in place of what its family usually does."""
-    if assets.cameras is not None:
-        node["cameras"] = [name.removeprefix("observation.images.") for name in assets.cameras]
-    if assets.normalization:
-        node["normalization"] = assets.normalization
-        # Its pi0 takes words as they are; its pi0.5 pads the state before that becomes words.
-        node["prompt"] = {"pi0": "lerobot_pi0", "pi05": "lerobot_pi05"}[node["prompt"]]
-        node["resize"] = "pad_bilinear"
-    if assets.max_tokens is not None:
-        node["max_tokens"] = assets.max_tokens
+def _take(node: dict[str, Any], processors: Processors | None, found: Found) -> bool:
+    """What LeRobot's processors say, and what it and giga-models do otherwise than openpi.
+
+    Returns whether they resize in a way of their own.
+    """
+    if processors is not None:
+        if node["prompt"] == "fast":
+            raise ValueError(
+                f"{found.source.path} is a pi0-FAST of LeRobot, which asks and answers in a way of "
+                "its own (a second BOS, positions without a gap): it makes no policy here. Its "
+                "weights can be loaded (weights.load_model) and trained further"
+            )
+        node |= processors.node()
+        if node["prompt"] == "pi0":
+            node["prompt"] = "lerobot_pi0"  # it takes words as they are
+    elif _GIGA & set(found.source.entries):
+        if node["prompt"] == "pi05":
+            node["prompt"] = "giga_pi05"
+    else:
+        return False
+    node["resize"] = "pad_bilinear"
+    return True
 
 
 def _container(path: Path) -> dict[str, Any]:

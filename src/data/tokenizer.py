@@ -18,8 +18,8 @@ import sentencepiece
 from pizero.data.normalize import expect_one_of
 
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
-PROMPTS = ("pi0", "pi05", "open_pi_zero", "lerobot_pi0", "lerobot_pi05")
-WITH_STATE = ("pi05", "lerobot_pi05")  # their prompts hold the normalised state
+PROMPTS = ("pi0", "pi05", "open_pi_zero", "lerobot_pi0", "lerobot_pi05", "giga_pi05")
+WITH_STATE = ("pi05", "lerobot_pi05", "giga_pi05")  # their prompts hold the normalised state
 
 
 class Tokenizer:
@@ -59,7 +59,9 @@ class Tokenizer:
         pi05          BOS `Task: text, State: 128 7;` newline `Action: `, with the normalised state
         open_pi_zero  BOS text newline, the text as it was given
         lerobot_pi0   BOS text newline, the text as it was given, no newline after another
-        lerobot_pi05  pi05 with a state [d] that is padded to the model's width
+        lerobot_pi05  pi05 with a state [d] that is padded to the model's width, as LeRobot had it
+                      before 0.5
+        giga_pi05     pi05, but what lies on the edge of two bins is in the lower one
 
         `pi0` and `pi05` tidy the text up first (`clean`).
         """
@@ -69,7 +71,8 @@ class Tokenizer:
                 raise ValueError(
                     f"the {format} prompt holds the state; expected state [d], got None"
                 )
-            bins = " ".join(map(str, state_bins(state).tolist()))
+            bins = state_bins(state, lower=format == "giga_pi05")
+            bins = " ".join(map(str, bins.tolist()))
             return [BOS, *self.encode(f"Task: {clean(text)}, State: {bins};\nAction: ")]
         if format == "pi0":
             return [BOS, *self.encode(clean(text)), *self.encode("\n")]
@@ -94,9 +97,12 @@ def clean(text: str) -> str:
     return text.strip().replace("_", " ").replace("\n", " ")
 
 
-def state_bins(state: np.ndarray) -> np.ndarray:
-    """int64 [d]: which of 256 bins over [-1, 1] holds each entry; below -1 gives -1, as openpi."""
-    return np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1
+def state_bins(state: np.ndarray, *, lower: bool = False) -> np.ndarray:
+    """int64 [d]: which of 256 bins over [-1, 1] holds each entry; below -1 gives -1, as openpi.
+
+    An edge belongs to the bin above it; with `lower`, as giga-models has it, to the one below.
+    """
+    return np.digitize(state, np.linspace(-1, 1, 257)[:-1], right=lower) - 1
 
 
 def train_tokenizer(sentences: Iterable[str], path: str | Path, *, vocab_size: int = 512) -> Path:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from pizero.agent.weights.lora import SCALES
 from pizero.agent.weights.orbax import METADATA
-from pizero.agent.weights.safetensors_file import INDEX_SUFFIX
+from pizero.agent.weights.shards import SAFETENSORS_INDEX, TORCH_INDEX
 from pizero.agent.weights.source import TORCH_SUFFIXES
 from pizero.types import Observation, Tensor
 
@@ -240,9 +240,10 @@ def _find_sources(folder: Path) -> list[Path]:
     """Every set of weights in the folder: files of its own, and folders that are checkpoints."""
     shards: set[str] = set()
     found = []
-    for index in sorted(folder.glob(f"*{INDEX_SUFFIX}")):
-        shards |= set(json.loads(index.read_text()).get("weight_map", {}).values())
-        found.append(index)
+    for suffix in (SAFETENSORS_INDEX, TORCH_INDEX):
+        for index in sorted(folder.glob(f"*{suffix}")):
+            shards |= set(json.loads(index.read_text()).get("weight_map", {}).values())
+            found.append(index)
     for path in sorted(folder.iterdir()):
         if COMPANION.fullmatch(path.name):
             continue

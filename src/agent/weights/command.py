@@ -6,11 +6,12 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from pizero.agent.config import build
@@ -60,12 +61,14 @@ def _run(options: argparse.Namespace) -> LoadReport:
     dtype = DTYPES[options.dtype] if options.dtype else None
     if options.to == "pizero":
         return _to_own(found, options, dtype)
-    given = options.statistics or _statistics_of(found, options.asset)
+    given, pipeline = _beside(found, options)
+    given = options.statistics or given
     return export(
         found,
         options.destination,
         to=options.to,
         dtype=dtype,
+        pipeline=pipeline,
         statistics=load_statistics(given) if given else None,
         asset=options.asset or "robot",
     )
@@ -98,11 +101,19 @@ def _to_own(found: Found, options: argparse.Namespace, dtype: torch.dtype | None
         return export(found, options.destination, dtype=dtype, pipeline=node, files=Path(files))
 
 
-def _statistics_of(found: Found, asset: str | None) -> Path | None:
-    own = own_folder(found.source.path.parent) if found.layout == "pizero" else None
-    if own is not None and (own / FILES[0]).is_file():
-        return own / FILES[0]
-    return find_assets(found.source.path, asset=asset).statistics
+def _beside(found: Found, options: argparse.Namespace) -> tuple[Path | None, Mapping[str, Any]]:
+    """Statistics, and what is known of the pipeline."""
+    folder = own_folder(options.source)
+    if folder is not None:
+        config, _ = read_description(folder)
+        pipeline = OmegaConf.to_container(config.pipeline) if has_pipeline(folder) else {}
+        assert isinstance(pipeline, dict)
+        statistics = folder / FILES[0]
+        return statistics if statistics.is_file() else None, {
+            str(k): v for k, v in pipeline.items()
+        }
+    assets = find_assets(found.source.path, asset=options.asset)
+    return assets.statistics, {} if assets.processors is None else assets.processors.node()
 
 
 def _pairs(words: Sequence[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pizero.agent.machine import versions
 from pizero.agent.weights.convert import OpenpiSource, Ours, in_reading_order
 from pizero.agent.weights.folder import FILES, UNREAD, WEIGHTS, model_weights, write_description
 from pizero.agent.weights.inspect import Found
+from pizero.agent.weights.lerobot import write_processors
 from pizero.agent.weights.load import check
 from pizero.agent.weights.report import LoadReport, expert_of
 from pizero.agent.weights.source import Entry
@@ -46,7 +47,8 @@ def export(
              its statistics and tokenizer; without them the folder holds weights only. Tensors that
              a policy does not read are kept in a file of their own, for the way back.
     openpi   model.safetensors, config.json, and `statistics` below assets/`asset`
-    lerobot  model.safetensors, config.json, and `statistics` as its processors keep them
+    lerobot  model.safetensors, config.json, and `statistics` as its processors keep them;
+             `pipeline` tells how they normalise, as far as it is known
     """
     if to not in LAYOUTS:
         raise ValueError(f"expected a layout of {', '.join(LAYOUTS)}, got {to!r}")
@@ -65,8 +67,16 @@ def export(
             squares = _write_own(temporary, found, own, report, dtype, pipeline, files)
         else:
             squares = _write_openpi(temporary, found, report, dtype)
-            extra = _openpi_files if to == "openpi" else _lerobot_files
-            extra(temporary, found, statistics, asset)
+            if to == "openpi":
+                _openpi_files(temporary, found, statistics, asset)
+            else:
+                write_processors(
+                    temporary,
+                    kind=found.kind,
+                    model=found.model,
+                    statistics=statistics,
+                    pipeline=pipeline or {},
+                )
         for name in own:
             report.experts[expert_of(name)].squares += squares[name]
         temporary.rename(destination)
@@ -141,80 +151,3 @@ def _openpi_files(
         path = folder / "assets" / asset / "norm_stats.json"
         path.parent.mkdir(parents=True)
         save_statistics(statistics, path, dialect="openpi")
-
-
-def _lerobot_files(
-    folder: Path, found: Found, statistics: Mapping[str, Statistics] | None, asset: str
-) -> None:
-    """config.json and the two processors, with the steps LeRobot's own have."""
-    node, kind = found.model, found.kind
-    mode = "MEAN_STD" if kind == "pi0" else "QUANTILES"
-    modes = {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
-    side = node["vision"]["image_size"]
-    sizes = {
-        name: statistics[name].size if statistics and name in statistics else node["action_dim"]
-        for name in ("state", "action")
-    }
-    inputs = {
-        f"observation.images.{camera}": {"type": "VISUAL", "shape": [3, side, side]}
-        for camera in ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-    }
-    inputs["observation.state"] = {"type": "STATE", "shape": [sizes["state"]]}
-    outputs = {"action": {"type": "ACTION", "shape": [sizes["action"]]}}
-    tokens = 48 if kind == "pi0" else 200
-    config = {
-        "type": kind,
-        "input_features": inputs,
-        "output_features": outputs,
-        "normalization_mapping": modes,
-        "chunk_size": node["horizon"],
-        "n_action_steps": node["horizon"],
-        "max_state_dim": node["action_dim"],
-        "max_action_dim": node["action_dim"],
-        "image_resolution": [side, side],
-        "tokenizer_max_length": tokens,
-        "num_inference_steps": 10,
-        "dtype": "float32",
-        "device": "cpu",
-    }
-    words = {
-        "registry_name": "tokenizer_processor",
-        "config": {
-            "max_length": tokens,
-            "task_key": "task",
-            "padding_side": "right",
-            "padding": "max_length",
-            "truncation": True,
-            "tokenizer_name": "google/paligemma-3b-pt-224",
-        },
-    }
-    normalizer = {"eps": 1e-8, "features": {**inputs, **outputs}, "norm_map": modes}
-    device = {"registry_name": "device_processor", "config": {"device": "cpu"}}
-    begin = [
-        {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
-        {"registry_name": "to_batch_processor", "config": {}},
-    ]
-    normalize = {"registry_name": "normalizer_processor", "config": normalizer}
-    if kind == "pi0":
-        newline = {"registry_name": "pi0_new_line_processor", "config": {}}
-        before = [*begin, newline, words, device, normalize]
-    else:
-        prompt = {
-            "registry_name": "pi05_prepare_state_tokenizer_processor_step",
-            "config": {"max_state_dim": node["action_dim"]},
-        }
-        before = [*begin, normalize, prompt, words, device]
-    back = {"eps": 1e-8, "features": outputs, "norm_map": modes}
-    unnormalize = {"registry_name": "unnormalizer_processor", "config": back}
-    after = [unnormalize, device]
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name, steps, step in (
-        ("policy_preprocessor", before, normalize),
-        ("policy_postprocessor", after, unnormalize),
-    ):
-        if statistics is not None:
-            state = f"{name}_step_{steps.index(step)}_{step['registry_name']}.safetensors"
-            step["state_file"] = state
-            save_statistics(statistics, folder / state, dialect="lerobot_processor")
-        tree = {"name": name, "steps": steps}
-        (folder / f"{name}.json").write_text(json.dumps(tree, indent=2) + "\n")

@@ -129,6 +129,7 @@ def _torch(
             action = torch_layout.mixture_sizes(entries, "expert.", heads["action"])
             kind = "pi05" if action["cond_dim"] is not None else "pi0"
             state = entries.get("state_proj.weight") if kind == "pi0" else None
+            _note_acting(config, notes)
             node = pizero_node(
                 "open_pi_zero" if open_pi_zero else "openpi",
                 *(eyes, vlm, action, vocab_size),
@@ -137,19 +138,18 @@ def _torch(
                 state_dim=None if state is None else state.shape[1],
             )
         else:
-            kind = kind or "paligemma"
+            kind = kind or ("pi0_fast" if config.get("type") == "pi0_fast" else "paligemma")
             node = language_node(kind, eyes, vlm, vocab_size)
-            _note_chunk(kind, node, overrides, notes)
+            _note_chunk(kind, node, {**config, **overrides}, notes)
     except KeyError as error:
         missing = _as_stored(str(error.args[0]), stored)
         raise ValueError(_cannot_size(source, missing)) from error
-    if "rope_base" in config:
-        for name, mixture in node["joint"]["mixtures"].items():
-            if flow and config["rope_base"] != mixture["rope_base"]:
-                _refuse_theta(
-                    source, f"joint.mixtures.{name}.rope_base", config, mixture, overrides
-                )
-            mixture["rope_base"] = config["rope_base"]
+    if flow:
+        _refuse_conventions(source, config, node, overrides)
+    elif "rope_theta" in config:
+        node["joint"]["mixtures"]["vlm"]["rope_base"] = config["rope_theta"]
+    if kind == "pi0_fast":
+        node |= {key: config[key] for key in ("horizon", "action_dim") if key in config}
     override(node, overrides)
     if node["vision"]["num_heads"] is None:
         raise ValueError(
@@ -262,7 +262,14 @@ def _config_beside(path: Path) -> dict[str, Any]:
         found["vision_heads"] = eyes["num_attention_heads"]
     rope = (language.get("rope_parameters") or {}).get("rope_theta") or language.get("rope_theta")
     if rope is not None:
-        found["rope_base"] = float(rope)
+        found["rope_theta"] = float(rope)
+    action = (tree.get("output_features") or {}).get("action") or {}
+    if action.get("shape"):
+        found["action_dim"] = action["shape"][0]
+    known = ("type", "min_period", "max_period", "num_inference_steps", "use_relative_actions")
+    for key in known:
+        if key in tree:
+            found[key] = tree[key]
     return found
 
 
@@ -277,6 +284,18 @@ def _horizon(
             "changes it"
         )
     return default
+
+
+def _note_acting(config: Mapping[str, Any], notes: list[str]) -> None:
+    """What a config.json tells of acting that is not done here unless it is asked for."""
+    if config.get("type") == "pi05" and "use_relative_actions" not in config:
+        notes.append(
+            "LeRobot padded the state in pi0.5's prompt before version 0.5; for a policy that was "
+            "trained so: changes={'prompt': 'lerobot_pi05'}"
+        )
+    steps = config.get("num_inference_steps", 10)
+    if steps != 10:
+        notes.append(f"config.json acts in {steps} Euler steps: num_steps={steps} does here too")
 
 
 def _note_chunk(
@@ -299,19 +318,25 @@ def _as_stored(spelled: str, stored: Mapping[str, str]) -> str:
     return spelled
 
 
-def _refuse_theta(
+def _refuse_conventions(
     source: Source,
-    key: str,
     config: Mapping[str, Any],
-    mixture: Mapping[str, Any],
+    node: Mapping[str, Any],
     overrides: Mapping[str, Any],
 ) -> None:
-    if key not in overrides:
-        raise ValueError(
-            f"{source.path.parent / 'config.json'} has rope_theta {config['rope_base']:g}, but all "
-            f"published weights of this kind were trained with {mixture['rope_base']:g}; if these "
-            f"were not, say so with overrides={{{key!r}: {config['rope_base']:g}}}"
-        )
+    """What a config.json says beside flow weights has to be what they were trained with."""
+    places = [("rope_theta", f"joint.mixtures.{name}.rope_base") for name in ("vlm", "action")]
+    places += [(key, f"time_embedding.{key}") for key in ("min_period", "max_period")]
+    for key, dotted in places:
+        expected: Any = node
+        for part in dotted.split("."):
+            expected = expected[part]
+        if config.get(key, expected) != expected and dotted not in overrides:
+            raise ValueError(
+                f"{source.path.parent / 'config.json'} has {key} {config[key]:g}, but all "
+                f"published weights of this kind were trained with {expected:g}; if these were "
+                f"not, say so with overrides={{{dotted!r}: {config[key]:g}}}"
+            )
 
 
 def _refuse_adapters(source: Source) -> None:

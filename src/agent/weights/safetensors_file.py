@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pizero.agent.weights.entry import Entry, read_tensor
+from pizero.agent.weights.shards import SAFETENSORS_INDEX, expect_agreement, read_weight_map
 from pizero.types import Tensor
 
 # In the order in which the library puts tensors into a file.
@@ -36,7 +37,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-INDEX_SUFFIX = ".safetensors.index.json"
 # A header above this is damage: the largest published ones have a few hundred kilobytes.
 _MAX_HEADER = 100_000_000
 
@@ -54,7 +54,7 @@ class SafetensorsSource:
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] = {}
         self._places: dict[str, _Place] = {}
-        if path.name.endswith(INDEX_SUFFIX):
+        if path.name.endswith(SAFETENSORS_INDEX):
             self._add_shards(path)
         else:
             self._add(path)
@@ -73,23 +73,10 @@ class SafetensorsSource:
             self._places[name] = _Place(path, start + begin)
 
     def _add_shards(self, index: Path) -> None:
-        try:
-            names: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-            shards = sorted(set(names.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} has no readable `weight_map`") from error
-        missing = [shard for shard in shards if not (index.parent / shard).is_file()]
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of the {len(shards)} shards that {index} lists are missing: "
-                + ", ".join(missing)
-            )
-        for shard in shards:
+        names = read_weight_map(index)
+        for shard in sorted(set(names.values())):
             self._add(index.parent / shard)
-        wrong = [f"{name} is not in {names[name]}" for name in names if name not in self.entries]
-        wrong += [f"{name} is not in the index" for name in self.entries if name not in names]
-        if wrong:
-            raise ValueError(f"{index} and its shards disagree: " + "; ".join(wrong[:5]))
+        expect_agreement(index, names, self.entries)
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:

@@ -13,7 +13,8 @@ from typing import Protocol
 
 from pizero.agent.weights.entry import Entry
 from pizero.agent.weights.orbax import METADATA, OrbaxSource
-from pizero.agent.weights.safetensors_file import INDEX_SUFFIX, SafetensorsSource
+from pizero.agent.weights.safetensors_file import SafetensorsSource
+from pizero.agent.weights.shards import SAFETENSORS_INDEX, TORCH_INDEX
 from pizero.agent.weights.torch_file import TorchSource
 from pizero.types import Tensor
 
@@ -22,8 +23,8 @@ __all__ = ["Entry", "MemorySource", "Source", "open_source"]
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 EXPECTED = (
     "a checkpoint or run folder of pizero, a .safetensors file or a *.safetensors.index.json with "
-    "its shards, a .pt, .pth or .bin file of torch.save, or an Orbax folder (with _METADATA, or "
-    "with params/ that has it)"
+    "its shards, a .pt, .pth or .bin file of torch.save or a *.bin.index.json, or an Orbax folder "
+    "(with _METADATA, or with params/ that has it)"
 )
 
 
@@ -70,9 +71,9 @@ def open_source(path: str | Path) -> Source:
         return _open_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: expected {EXPECTED}")
-    if path.name.endswith((".safetensors", INDEX_SUFFIX)):
+    if path.name.endswith((".safetensors", SAFETENSORS_INDEX)):
         return SafetensorsSource(path)
-    if path.name.endswith(TORCH_SUFFIXES):
+    if path.name.endswith((*TORCH_SUFFIXES, TORCH_INDEX)):
         return TorchSource(path)
     raise ValueError(f"{path} is of no known kind: expected {EXPECTED}")
 
@@ -81,12 +82,15 @@ def _open_folder(folder: Path) -> Source:
     candidates: list[tuple[Path, Callable[[Path], Source]]] = []
     if (folder / "model.safetensors").is_file():
         candidates.append((folder / "model.safetensors", SafetensorsSource))
-    candidates += [(index, SafetensorsSource) for index in sorted(folder.glob(f"*{INDEX_SUFFIX}"))]
+    indices = sorted(folder.glob(f"*{SAFETENSORS_INDEX}"))
+    candidates += [(index, SafetensorsSource) for index in indices]
     candidates += [
         (inner, OrbaxSource)
         for inner in (folder, folder / "params")
         if (inner / METADATA).is_file()
     ]
+    if not candidates:  # only without safetensors: some keep both
+        candidates = [(index, TorchSource) for index in sorted(folder.glob(f"*{TORCH_INDEX}"))]
     if not candidates:
         # Weights under a name of their own: only without the usual ones, beside which lie the
         # tensors of processors (LeRobot) and optimizers (openpi).

@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pizero.agent.weights.entry import Entry, read_tensor
+from pizero.agent.weights.shards import TORCH_INDEX, expect_agreement, read_weight_map
 from pizero.types import Tensor
 
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict")  # where training programs put weights
@@ -26,6 +27,7 @@ _ZIP = b"PK\x03\x04"
 class _Place(NamedTuple):
     """A tensor as a view of a storage, which lies at `offset` of the file."""
 
+    path: Path
     offset: int
     storage: Entry
     stride: tuple[int, ...]
@@ -33,32 +35,43 @@ class _Place(NamedTuple):
 
 
 class TorchSource:
-    """The weights in a .pt file: the dictionary under one of WEIGHT_KEYS, or the file's own."""
+    """The weights in a .pt file: the dictionary under one of WEIGHT_KEYS, or the file's own; or
+    those of all shards of an index."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] = {}
         self._places: dict[str, _Place] = {}
-        for name, tensor in _weights(path, _unpickle(path)).items():
-            storage = tensor.untyped_storage()
-            count = storage.nbytes() // tensor.dtype.itemsize
-            self.entries[name] = Entry(tuple(tensor.shape), tensor.dtype)
-            self._places[name] = _Place(
-                offset=int(storage._checkpoint_offset or 0),
-                storage=Entry((count,), tensor.dtype),
-                stride=tensor.stride(),
-                first=int(tensor.storage_offset()),
-            )
+        if not path.name.endswith(TORCH_INDEX):
+            self._add(path)
+            return
+        names = read_weight_map(path)
+        for shard in sorted(set(names.values())):
+            self._add(path.parent / shard)
+        expect_agreement(path, names, self.entries)
 
     def read(self, name: str) -> Tensor:
         entry, place = self.entries[name], self._places[name]
         if torch.empty(entry.shape, device="meta").stride() == place.stride:
             # Only the view's own part: several tensors may share one large storage.
             offset = place.offset + place.first * entry.dtype.itemsize
-            return read_tensor(self.path, offset, entry)
-        storage = read_tensor(self.path, place.offset, place.storage)
+            return read_tensor(place.path, offset, entry)
+        storage = read_tensor(place.path, place.offset, place.storage)
         return storage.as_strided(entry.shape, place.stride, place.first).contiguous()
+
+    def _add(self, path: Path) -> None:
+        for name, tensor in _weights(path, _unpickle(path)).items():
+            storage = tensor.untyped_storage()
+            count = storage.nbytes() // tensor.dtype.itemsize
+            self.entries[name] = Entry(tuple(tensor.shape), tensor.dtype)
+            self._places[name] = _Place(
+                path=path,
+                offset=int(storage._checkpoint_offset or 0),
+                storage=Entry((count,), tensor.dtype),
+                stride=tensor.stride(),
+                first=int(tensor.storage_offset()),
+            )
 
 
 def _unpickle(path: Path) -> Any:

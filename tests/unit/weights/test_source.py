@@ -105,6 +105,27 @@ def test_an_index_that_disagrees_with_its_shards(tmp_path):
         open_source(tmp_path)
 
 
+def test_torch_files_in_shards(tmp_path):
+    """As diffusers and older transformers keep them; giga-models' training does."""
+    names = sorted(TENSORS)
+    shards = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
+    for shard, inside in shards.items():
+        torch.save({n: TENSORS[n] for n in inside}, tmp_path / shard)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    where = {n: shard for shard, inside in shards.items() for n in inside}
+    index.write_text(json.dumps({"weight_map": where}))
+    for path in (tmp_path, index):
+        assert_holds(open_source(path))
+    index.write_text(json.dumps({"weight_map": {**where, "lost": "pytorch_model-1.bin"}}))
+    with pytest.raises(ValueError, match=r"disagree: lost is not in pytorch_model-1.bin"):
+        open_source(tmp_path)
+    (tmp_path / "pytorch_model-2.bin").unlink()
+    with pytest.raises(ValueError, match=r"1 of the 2 shards .* are missing: pytorch_model-2.bin"):
+        open_source(tmp_path)
+    save_file({n: t.clone() for n, t in TENSORS.items()}, tmp_path / "model.safetensors")
+    assert open_source(tmp_path).path.name == "model.safetensors"
+
+
 @pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", None])
 def test_torch_files(tmp_path, key):
     path = tmp_path / "step19296.pt"
