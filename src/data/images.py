@@ -39,7 +39,7 @@ def decode_image(data: bytes) -> Array:
     """uint8 [h w 3] from JPEG or PNG; ValueError when it is cut off, damaged or larger than 64 MP.
 
     A JPEG whose coefficients were changed into others is a JPEG still; only the checksum of its
-    record can tell (`open_index` with check_payload).
+    record tells, which is compared when the index is built.
     """
     try:
         if simplejpeg is not None and data[:3] == b"\xff\xd8\xff":
