@@ -119,7 +119,7 @@ class Recipe:
         drawn = drawn[:, slots].reshape(-1, width)
         if self.alike == "steps":
             return [np.repeat(drawn, count, axis=1) for count in counts]
-        return np.split(drawn, np.cumsum(counts)[:-1], axis=1)
+        return np.split(drawn, np.cumsum(counts), axis=1)[: len(counts)]
 
 
 class Augmentation(Recipe):

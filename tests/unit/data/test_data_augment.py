@@ -83,7 +83,8 @@ def test_input_is_left_alone_and_nothing_means_nothing():
     result = EVERYTHING(images, seed=0, samples=np.arange(2))
     assert torch.equal(images, before)
     assert result.dtype == torch.uint8
-    assert torch.equal(Augmentation()(images, seed=0, samples=np.arange(2)), images)
+    for nothing in (Augmentation(), Recipe(steps=[])):
+        assert torch.equal(nothing(images, seed=0, samples=np.arange(2)), images)
 
 
 def test_shift_moves_by_whole_pixels_and_repeats_edges():
