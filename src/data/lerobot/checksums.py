@@ -25,15 +25,17 @@ def write_checksums(directory: Path, files: Iterable[str]) -> None:
 
 def update_checksums(directory: Path, files: Iterable[str]) -> None:
     """Write the lines of some files anew, where the directory has checksums."""
-    if (directory / CHECKSUMS).exists():
-        sums = read_checksums(directory)
+    sums = read_checksums(directory)
+    if sums:
         _write(directory, sums | {name: _digest(directory / name) for name in files})
 
 
 def read_checksums(directory: Path) -> dict[str, str]:
-    """The checksum of each file, by its name below the directory."""
+    """The checksum of each file, by its name below the directory; none without the file."""
     path = directory / CHECKSUMS
-    sums = {}
+    sums: dict[str, str] = {}
+    if not path.is_file():
+        return sums
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         digest, _, name = line.partition(" ")
         name = name[1:]  # a space or a star
@@ -48,18 +50,22 @@ def verify_checksums(directory: Path, files: Iterable[str], workers: Workers) ->
     if not (directory / CHECKSUMS).is_file():
         return
     sums = read_checksums(directory)
-    present = {name for name in files if name.startswith(("meta/", "data/", "videos/"))}
-    for name in sorted(present - sums.keys()):
-        raise ValueError(f"{directory}/{CHECKSUMS} has no line for {name}; {_ADVICE}")
-    names = sorted(present)
-    paths = [str(directory / name) for name in names]
-    got = workers(_digest, paths, what=f"comparing checksums of {directory.name}")
-    for name, digest in zip(names, got, strict=True):
-        if digest != sums[name]:
-            raise ValueError(
-                f"{directory / name}: expected SHA-256 {sums[name][:12]}... as in {CHECKSUMS}, got "
-                f"{digest[:12]}...; {_ADVICE}"
-            )
+    names = sorted(name for name in files if name.startswith(("meta/", "data/", "videos/")))
+    for name in names:
+        if name not in sums:
+            raise ValueError(f"{directory}/{CHECKSUMS} has no line for {name}; {_ADVICE}")
+    jobs = [(directory / name, sums[name]) for name in names]
+    for _ in workers(_verify, jobs, what=f"comparing checksums of {directory.name}"):
+        pass
+
+
+def verify_file(path: Path, expected: str) -> None:
+    """Compare one file with its checksum."""
+    if (got := _digest(path)) != expected:
+        raise ValueError(
+            f"{path}: expected SHA-256 {expected[:12]}... as in {CHECKSUMS}, got {got[:12]}...; "
+            f"{_ADVICE}"
+        )
 
 
 _ADVICE = (
@@ -68,8 +74,12 @@ _ADVICE = (
 )
 
 
-def _digest(path: str | Path) -> str:
-    with open(path, "rb") as file:
+def _verify(job: tuple[Path, str]) -> None:
+    verify_file(*job)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

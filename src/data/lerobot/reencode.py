@@ -14,7 +14,7 @@ import av
 from av.error import FFmpegError
 
 from pizero.data.files import write_whole
-from pizero.data.lerobot.checksums import update_checksums
+from pizero.data.lerobot.checksums import read_checksums, update_checksums, verify_file
 from pizero.data.lerobot.encode import ENCODERS, GOP, VideoEncoder, check_codec, default_codec
 from pizero.data.lerobot.files import INFO, is_snapshot, read_json
 from pizero.data.lerobot.meta import read_meta
@@ -43,20 +43,39 @@ def reencode_set(
         check_codec(codec)
     meta = read_meta(directory)
     names = [name for place in meta.videos.values() for name in place.files]
+    sums = read_checksums(directory)
     encode = partial(_try, codec=codec, crf=crf, gop=gop)
-    with Workers(num_workers) as workers:
-        paths = [directory / name for name in names]
-        results = list(workers(encode, paths, what=f"encoding {len(paths)} videos"))
-    update_checksums(directory, names)
+    done: list[str] = []
+    problems: list[str] = []
+    try:
+        with Workers(num_workers) as workers:
+            jobs = [(directory / name, sums.get(name)) for name in names]
+            results = workers(encode, jobs, what=f"encoding {len(jobs)} videos")
+            for name, result in zip(names, results, strict=True):
+                if isinstance(result, str):
+                    problems.append(result)
+                elif result:
+                    done.append(name)
+    finally:  # also when it is interrupted
+        update_checksums(directory, done)
+    _describe(directory, {key: place.files[0] for key, place in meta.videos.items()})
+    return len(done), problems
+
+
+def _describe(directory: Path, videos: Mapping[str, str]) -> None:
+    """Say in `features` what the first video of each camera is like."""
     info = read_json(directory / INFO)
-    for key, place in meta.videos.items():
-        if place.files and (directory / place.files[0]).is_file():
-            node = info["features"][key]
-            name = "video_info" if "video_info" in node else "info"
-            node[name] = {**(node.get(name) or {}), **video_info(directory / place.files[0])}
-    write_whole(directory / INFO, json.dumps(info, indent=4))
-    update_checksums(directory, [INFO])
-    return sum(result is True for result in results), [r for r in results if isinstance(r, str)]
+    for key, name in videos.items():
+        node = info["features"][key]
+        where = "video_info" if "video_info" in node else "info"
+        try:
+            node[where] = {**(node.get(where) or {}), **video_info(directory / name)}
+        except ValueError:
+            continue  # it is among the problems
+    text = json.dumps(info, indent=4)
+    if text != (directory / INFO).read_text():
+        write_whole(directory / INFO, text)
+        update_checksums(directory, [INFO])
 
 
 def reencode(
@@ -114,8 +133,14 @@ def _encode(source: Any, path: Path, facts: VideoFacts, options: Mapping[str, An
     return encoder.frames
 
 
-def _try(path: Path, *, codec: str | None, crf: int | None, gop: int) -> bool | str:
+def _try(
+    job: tuple[Path, str | None], *, codec: str | None, crf: int | None, gop: int
+) -> bool | str:
+    """Whether a file was encoded anew, or why it could not be."""
+    path, digest = job
     try:
+        if digest is not None:
+            verify_file(path, digest)
         return reencode(path, codec=codec, crf=crf, gop=gop)
     except ValueError as error:
         return str(error)

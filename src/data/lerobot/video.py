@@ -178,19 +178,19 @@ class _TorchcodecDecoder:
 
     def decode(self, frames: list[int]) -> np.ndarray:
         try:
+            try:
+                return self._decode(frames)
+            except (ValueError, RuntimeError, IndexError):
+                if self._is_exact:
+                    raise
+            self._is_exact = True
+            self._open()
             return self._decode(frames)
-        except ValueError:
-            if self._is_exact:
-                raise
-        self._is_exact = True
-        self._open()
-        return self._decode(frames)
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"cannot be decoded: {_words(error)}") from error
 
     def _decode(self, frames: list[int]) -> np.ndarray:
-        try:
-            batch = self._decoder.get_frames_at(frames)
-        except (RuntimeError, IndexError, ValueError) as error:
-            raise ValueError(f"cannot be decoded: {_words(error)}") from error
+        batch = self._decoder.get_frames_at(frames)
         times = batch.pts_seconds.numpy() - self._start
         for frame, time in zip(frames, times.tolist(), strict=True):
             _check_time(frame, time, self._fps, self._tolerance)

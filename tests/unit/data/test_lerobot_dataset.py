@@ -117,7 +117,7 @@ def test_selections(path):
     assert len(open_set(path, episodes=[1])) == LENGTHS[1]
     assert open_set(path, episodes={"task": TASKS[1]}).metadata("task").tolist() == [TASKS[1]]
     assert len(open_set(path, filters=Filters(min_steps=7))) == LENGTHS[0] + LENGTHS[2]
-    with pytest.raises(ValueError, match="has no 'vall'; did you mean|has no 'vall'"):
+    with pytest.raises(ValueError, match="has no 'vall'"):
         open_set(path, split="vall")
 
 
@@ -136,17 +136,17 @@ def test_seconds_that_are_no_frames_are_refused(path):
     with pytest.raises(ValueError, match=r"got 0\.25, which is 2\.5 frames; near it are 0\.2 or 0"):
         open_set(path, seconds=0.25)
     assert open_set(path, seconds=0.10002).stride == 1  # three of them are within the tolerance
-    with pytest.raises(ValueError, match="within 0.0001 s over 16 steps"):
+    with pytest.raises(ValueError, match=r"within 0\.0001 s over 16 steps"):
         open_set(path, seconds=0.10002, horizon=16)
     assert open_set(path, seconds=0.10002, horizon=16, tolerance_s=1e-3).stride == 1
 
 
 def test_names_that_are_not_there(path):
-    with pytest.raises(ValueError, match="did you mean 'observation.images.front'"):
+    with pytest.raises(ValueError, match=r"did you mean 'observation\.images\.front'"):
         open_set(path, cameras={"base": "observation.images.frnt"})
-    with pytest.raises(ValueError, match="did you mean 'observation.state'"):
+    with pytest.raises(ValueError, match=r"did you mean 'observation\.state'"):
         open_set(path, state="observation.sate")
-    with pytest.raises(ValueError, match="no 'observation.state'"):
+    with pytest.raises(ValueError, match=r"no 'observation\.state'"):
         open_set(path, cameras={"base": "observation.state"})
     with pytest.raises(ValueError, match="did you mean 'task'"):
         open_set(path, text="tsk")
@@ -294,7 +294,7 @@ def test_a_copy_of_the_hub(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="no LeRobot data set 'robots/toy'") as error:
         find_set("robots/toy")
     cache = tmp_path / ".cache/huggingface"
     assert f"{cache}/lerobot/robots/toy" in str(error.value)
