@@ -116,7 +116,7 @@ class Recipe:
         width = 1 if self.alike == "steps" else sum(counts)
         number = int(slots.max(initial=-1)) + 1
         drawn = uniform(seed, samples, number * width).reshape(len(samples), number, width)
-        drawn = drawn[:, slots].reshape(-1, width)
+        drawn = drawn[:, slots].reshape(len(samples) * len(slots), width)
         if self.alike == "steps":
             return [np.repeat(drawn, count, axis=1) for count in counts]
         return np.split(drawn, np.cumsum(counts), axis=1)[: len(counts)]
