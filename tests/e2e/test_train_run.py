@@ -123,3 +123,19 @@ def test_sigterm_saves_and_the_same_command_goes_on(toy_data: Path, tmp_path: Pa
     last = max(step for _, step in losses(tmp_path / "run"))
     folders = [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")]
     assert folders == [f"step_{last:08d}"]
+
+
+def test_wandb_needs_no_account(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real thing, offline: metrics, and what the policy saw with its chunk beside."""
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    words = [*QUICK, f"data.path={toy_data}", "run_dir=run", "tracker=wandb"]
+    done = call([*RUN, *words], tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert next(folder.glob("*.wandb")).stat().st_size > 1000
+    pictures = {p.name.split("_")[0] for p in (folder / "files/media/images/val").glob("*.png")}
+    assert pictures == {"seen", "chunks"}
