@@ -167,7 +167,9 @@ class Shift:
         self.pixels = pixels
 
     def parameters(self, draws: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        return np.rint((draws * 2 - 1) * (self.pixels + 0.499))  # down, right
+        moves = np.rint((draws * 2 - 1) * (self.pixels + 0.499))  # down, right
+        farthest = np.array(size) - 1  # beyond, nothing but the edge is seen
+        return moves.clip(-farthest, farthest)
 
     def __call__(self, images: Tensor, parameters: Tensor) -> Tensor:
         if not self.pixels:
@@ -461,14 +463,20 @@ def _shift(images: Tensor, moves: Tensor) -> Tensor:
 
 
 def _shift_on_cpu(images: Tensor, moves: np.ndarray) -> Tensor:
-    """The same by copying windows, several times as fast on a CPU."""
+    """The same by copying windows and edges, several times as fast on a CPU."""
     height, width = images.shape[-2:]
-    margin = int(np.abs(moves).max(initial=0))
-    edges = ((0, 0), (0, 0), (margin, margin), (margin, margin))
-    padded = np.pad(images.numpy(), edges, "edge")
-    moved = np.empty_like(images.numpy(), order="C")
-    for image, source, (down, right) in zip(moved, padded, (margin - moves).tolist(), strict=True):
-        image[:] = source[:, down : down + height, right : right + width]
+    sources = images.numpy()
+    moved = np.empty(images.shape, sources.dtype)
+    for image, source, (down, right) in zip(moved, sources, moves.tolist(), strict=True):
+        top, bottom = max(down, 0), height + min(down, 0)
+        left, end = max(right, 0), width + min(right, 0)
+        image[:, top:bottom, left:end] = source[
+            :, top - down : bottom - down, left - right : end - right
+        ]
+        image[:, :top, left:end] = image[:, top : top + 1, left:end]
+        image[:, bottom:, left:end] = image[:, bottom - 1 : bottom, left:end]
+        image[:, :, :left] = image[:, :, left : left + 1]
+        image[:, :, end:] = image[:, :, end - 1 : end]
     return torch.from_numpy(moved)
 
 

@@ -351,6 +351,11 @@ def test_shift_is_the_same_on_every_device():
     moves = Shift(pixels=3).parameters(uniform(0, np.arange(40), 2), (9, 12)).astype(int)
     by_index = augment._shift(images, torch.from_numpy(moves))
     assert torch.equal(by_index, augment._shift_on_cpu(images, moves))
+    floats = augment._shift_on_cpu(images / 3, moves)  # behind a step that needed floats
+    torch.testing.assert_close(floats, by_index / 3)
+    far = _run(Shift(pixels=30), images, uniform(0, np.arange(40), 2))
+    moves = Shift(pixels=30).parameters(uniform(0, np.arange(40), 2), (99, 99)).astype(int)
+    assert torch.equal(far, augment._shift(images, torch.from_numpy(moves)))
 
 
 @pytest.mark.gpu
