@@ -11,7 +11,7 @@ import pytest
 
 from pizero.agent.driving.scores import rate
 from pizero.agent.report import write_report
-from pizero.agent.report.charts import Line, line_chart, sight_picture, smoothed
+from pizero.agent.report.charts import Line, line_chart, sight_picture, small_multiple, smoothed
 
 VOID = {"meta", "img", "br", "rect", "line", "polyline"}
 
@@ -204,6 +204,14 @@ def test_films_stop_where_the_page_would_grow_too_large(tmp_path, monkeypatch):
     folder = write_evaluation(tmp_path / "eval", results())
     page = write_report(tmp_path / "report.html", evaluation=folder).read_text()
     assert "<video" not in page
+
+
+@pytest.mark.parametrize("high", [0.11, 0.26, 0.51, 0.93, 1.3, 2.6, 5.1])
+def test_little_charts_have_a_scale(high):
+    """One number alone would say where an axis is, and not how long."""
+    chart = small_multiple([Line("", [0, 1], [0, high])], title="", low=-0.3 * high, high=high)
+    numbers = re.findall(r'class="tiny"[^>]*>([^<]+)<', chart)
+    assert 2 <= len(numbers) <= 6
 
 
 def test_axes_have_round_numbers():

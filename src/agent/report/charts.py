@@ -84,7 +84,7 @@ def small_multiple(
     x_axis = _Axis.around([x for line in lines for x in line.x], start=left, stop=width - right)
     y_axis = _Axis.around([low, high], start=height - bottom, stop=top)
     parts = [_open(width, height, title), _text(left, 12, title, "small")]
-    for value in y_axis.ticks(count=3):
+    for value in y_axis.ticks(count=4):
         y = y_axis(value)
         parts.append(
             f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
