@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,22 +21,14 @@ from rich.progress import Progress
 
 from pizero.agent.driving.episodes import write_atomically
 from pizero.agent.driving.replay import Replay, replay, scores
+from pizero.agent.guess import Features, guess_action, guess_state, guess_text
 from pizero.agent.policy import DEFAULT_NUM_STEPS, Policy, load_policy
 from pizero.agent.report.replay import write_replay_report
+from pizero.agent.sources import find_features
 from pizero.agent.weights.folder import has_pipeline, own_folder, read_description
-from pizero.data.dataset import RldsDataset
+from pizero.data.dataset import EpisodeDataset, RldsDataset
 from pizero.data.index import unknown_key
-from pizero.data.rlds.index import find_dataset
-from pizero.data.rlds.spec import DatasetSpec
-
-STATES = ("observation/state", "observation/proprio", "state")
-ACTIONS = ("action", "actions")
-TEXTS = (
-    "language_instruction",
-    "observation/natural_language_instruction",
-    "observation/language_instruction",
-    "task",
-)
+from pizero.data.rlds.index import splits
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,7 +58,8 @@ def _run(options: argparse.Namespace, console: Console) -> Path:
         options.dataset,
         policy,
         split=options.split,
-        keys=trained_on(options.checkpoint, options.asset) | _given(options),
+        trained=trained_on(options.checkpoint, options.asset),
+        given=_given(options),
     )
     count = min(options.episodes, data.num_episodes)
     chosen = np.unique(np.linspace(0, data.num_episodes - 1, count).round().astype(int)).tolist()
@@ -101,7 +95,7 @@ def write(options: argparse.Namespace, policy: Policy, data: RldsDataset, replay
     metrics = {**facts, **found}
     write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     shown = {k.replace("_", " "): v for k, v in facts.items() if v is not None}
-    shown["cameras"] = ", ".join(f"{n} ({k})" for n, k in data.cameras.items())
+    shown["cameras"] = ", ".join(f"{n} ({k})" for n, k in facts["cameras"].items())
     return write_replay_report(
         folder,
         replayed,
@@ -114,26 +108,44 @@ def write(options: argparse.Namespace, policy: Policy, data: RldsDataset, replay
 
 
 def open_data(
-    path: str | Path, policy: Policy, *, split: str | None, keys: Mapping[str, Any]
-) -> RldsDataset:
-    """The dataset as the policy needs it. `keys` (cameras, state, action, text) that are missing
-    are looked for under the usual names; ValueError, with what there is, where that fails."""
-    directory = find_dataset(path)
-    spec = DatasetSpec.load(directory / "features.json")
-    cameras = _cameras(policy, spec, keys.get("cameras") or {}, directory)
-    state = keys.get("state")
-    if state is None and policy.pipeline.robot_state_dim:
-        state = _first(spec, STATES, directory, "state", "--state")
-    return RldsDataset(
-        path=directory,
-        split=split or _usual_split(directory),
-        cameras=cameras,
-        state=state,
-        action=keys.get("action") or _first(spec, ACTIONS, directory, "action", "--action"),
-        text=keys.get("text") or next((k for k in TEXTS if k in spec.steps), None),
-        horizon=policy.pipeline.horizon,
-        frames=policy.pipeline.frames,
-    )
+    path: str | Path,
+    policy: Policy,
+    *,
+    split: str | None,
+    trained: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> EpisodeDataset:
+    """The data set, RLDS or LeRobot, as the policy needs it.
+
+    Keys (cameras, state, action, text) are those `given`, else those the policy was `trained` with
+    where this data set has them, else what has the usual names; ValueError, with what there is,
+    where there is nothing.
+    """
+    directory, features, is_lerobot = find_features(path)
+    keys = {what: key for what, key in trained.items() if set(_named(key)) <= features.keys()}
+    keys |= given
+    arguments: dict[str, Any] = {
+        "path": directory,
+        "cameras": _cameras(policy, features, keys.get("cameras") or {}, directory),
+        "action": keys.get("action") or guess_action(features, directory),
+        "text": keys.get("text") or guess_text(features),
+        "horizon": policy.pipeline.horizon,
+        "frames": policy.pipeline.frames,
+        "state": None,
+    }
+    if policy.pipeline.robot_state_dim:
+        arguments["state"] = keys.get("state") or guess_state(features)
+        if not arguments["state"]:
+            vectors = [key for key, feature in features.items() if feature.kind == "tensor"]
+            raise ValueError(
+                f"{directory} has nothing that is called like a state: name its keys with --state. "
+                f"It has: {', '.join(vectors)}"
+            )
+    if is_lerobot:
+        from pizero.data.lerobot import LeRobotDataset
+
+        return LeRobotDataset(split=split or "train", **arguments)
+    return RldsDataset(split=split or _usual_split(directory), **arguments)
 
 
 def trained_on(checkpoint: str | Path, asset: str | None = None) -> dict[str, Any]:
@@ -185,17 +197,17 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _cameras(
-    policy: Policy, spec: DatasetSpec, given: Mapping[str, str], directory: Path
+    policy: Policy, features: Features, given: Mapping[str, str], directory: Path
 ) -> dict[str, str]:
     """The policy's cameras -> image features: as given, else those of a camera's name."""
-    images = [key for key, feature in spec.steps.items() if feature.kind == "image"]
+    images = [key for key, feature in features.items() if feature.kind == "image"]
     for name in given:
         if name not in policy.pipeline.cameras:
             raise unknown_key(name, policy.pipeline.cameras, where="the policy, as a camera,")
     robot, found = policy.pipeline.robot, {}
     for camera in policy.pipeline.cameras:
         names = (camera, *(robot.cameras.get(camera, ()) if robot else ()))
-        fitting = [k for k in images if k.rsplit("/", 1)[-1] in names or k in names]
+        fitting = [k for k in images if re.split(r"[/.]", k)[-1] in names or k in names]
         if camera in given:
             found[camera] = given[camera]
         elif fitting:
@@ -211,24 +223,16 @@ def _cameras(
     return found
 
 
-def _first(spec: DatasetSpec, usual: Sequence[str], directory: Path, what: str, option: str) -> str:
-    for key in usual:
-        if key in spec.steps:
-            return key
-    numbers = [k for k, feature in spec.steps.items() if feature.kind == "tensor"]
-    raise ValueError(
-        f"{directory} has no {' or '.join(usual)}: name the feature that is the {what} with "
-        f"{option}. It has: {', '.join(numbers)}"
-    )
+def _named(keys: Any) -> list[str]:
+    if isinstance(keys, Mapping):
+        return [key for value in keys.values() for key in _named(value)]
+    return [keys] if isinstance(keys, str) else list(keys)
 
 
 def _usual_split(directory: Path) -> str:
     """Held-out episodes where there are some."""
-    names = {p.name for p in directory.iterdir()}
-    held_out = [
-        s for s in ("val", "validation", "test") if any(f"-{s}.tfrecord" in n for n in names)
-    ]
-    return held_out[0] if held_out else "train"
+    names = splits(directory)
+    return next((name for name in ("val", "validation", "test") if name in names), "train")
 
 
 def _usual_every(policy: Policy) -> int:
@@ -259,11 +263,11 @@ def _title(checkpoint: Path) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="act.py", description="Run a policy over a recorded dataset (RLDS)."
+        prog="act.py", description="Run a policy over a recorded dataset (RLDS or LeRobot)."
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="a policy in any format that is read")
-    add("--dataset", type=Path, required=True, help="RLDS folder")
+    add("--dataset", type=Path, required=True, help="folder of an RLDS or a LeRobot set")
     add("--out", type=Path, help="folder to write (default: outputs/act/<dataset>)")
     add("--split", help="val if there is one, else train; ranges as in train[90%%:]")
     add("--episodes", type=int, default=4, help="how many, spread evenly (default: 4)")

@@ -155,7 +155,7 @@ def open_folder(
     others are guessed. ValueError, with what there is, where nothing is called as usual."""
     given = dict(given or {})
     horizon = horizon or (HORIZON if robot is None else robot.horizon)
-    directory, features, is_lerobot = _find(path)
+    directory, features, is_lerobot = find_features(path)
     guesses = {
         "cameras": lambda: guess_cameras(features, robot),
         "state": lambda: guess_state(features),
@@ -343,7 +343,7 @@ def dataset_name(directory: Path) -> str:
     return directory.parent.name if directory.name[:1].isdigit() else directory.name
 
 
-def _find(path: str | Path) -> tuple[Path, dict[str, Feature], bool]:
+def find_features(path: str | Path) -> tuple[Path, dict[str, Feature], bool]:
     """The folder of a data set, the features of its steps, and whether it is LeRobot's."""
     place = Path(path).expanduser()
     if (place / INFO).is_file() or not place.exists():

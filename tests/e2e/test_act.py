@@ -13,6 +13,7 @@ from stand_in.toy_checkpoint import write_toy_checkpoint
 from pizero.agent.act import main, open_data, trained_on
 from pizero.agent.driving.replay import Replay, ReplayedEpisode, replay, scores
 from pizero.agent.policy import load_policy
+from pizero.data.lerobot import export_episodes
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +99,25 @@ def test_features_are_found_named_or_refused(dataset, checkpoint, tmp_path):
     policy = load_policy(checkpoint, device="cpu")
     keys = trained_on(checkpoint)
     assert keys["cameras"] == {"corner": "observation/corner", "wrist": "observation/wrist"}
-    assert open_data(dataset, policy, split="train[:2]", keys={}).num_episodes == 2
-    one = open_data(
-        dataset, policy, split="train", keys={"cameras": {"wrist": "observation/corner"}}
-    )
-    assert one.cameras == {"corner": "observation/corner", "wrist": "observation/corner"}
+    usual = {"split": "train", "trained": {}, "given": {}}
+    assert open_data(dataset, policy, **usual | {"split": "train[:2]"}).num_episodes == 2
+    given = {"cameras": {"wrist": "observation/corner"}}
+    one = open_data(dataset, policy, **usual | {"given": given})
+    assert one.cameras == {"corner": ["observation/corner"], "wrist": ["observation/corner"]}
+    given = {"cameras": {"wirst": "observation/corner"}}
     with pytest.raises(ValueError, match=r"no 'wirst'; did you mean 'wrist'\?"):
-        open_data(dataset, policy, split=None, keys={"cameras": {"wirst": "observation/corner"}})
+        open_data(dataset, policy, **usual | {"given": given})
     with pytest.raises(ValueError, match="actions have 1 dimensions, the policy's 4"):
         replay(policy, open_demo(dataset, action="observation/gripper"), episodes=[0], every=1)
     with pytest.raises(ValueError, match="expected every >= 1, got 0"):
         replay(policy, open_demo(dataset), episodes=[0], every=0)
-    with pytest.raises(SystemExit, match="error: no dataset at"):
+    recorded = tmp_path / "recorded"  # what it was trained with has other names there
+    export_episodes({"train": open_demo(dataset)}, recorded, fps=10, images="parquet")
+    same = open_data(recorded, policy, **usual | {"trained": keys, "split": None})
+    assert same.cameras == {
+        "corner": ["observation.images.corner"],
+        "wrist": ["observation.images.wrist"],
+    }
+    assert len(replay(policy, same, episodes=[0], every=1).episodes) == 1
+    with pytest.raises(SystemExit, match="error: no data set"):
         main(["--checkpoint", str(checkpoint), "--dataset", str(tmp_path / "none")])

@@ -14,7 +14,7 @@ from PIL import Image
 from pizero.agent.driving.video import scaled
 from pizero.agent.policy import Policy, keyed_noise
 from pizero.agent.training.prepare import parts
-from pizero.data.dataset import RldsDataset
+from pizero.data.dataset import EpisodeDataset
 from pizero.data.mix import Mix
 
 BATCH = 32
@@ -23,7 +23,7 @@ PICTURE_HEIGHT = 128
 
 def compare_with_expert(
     policy: Policy,
-    data: RldsDataset | Mix,
+    data: EpisodeDataset | Mix,
     *,
     num_frames: int,
     num_shown: int = 4,
@@ -72,7 +72,7 @@ def compare_with_expert(
     }
 
 
-def _spread(data: RldsDataset | Mix, count: int) -> list[dict[str, Any]]:
+def _spread(data: EpisodeDataset | Mix, count: int) -> list[dict[str, Any]]:
     """Evenly spaced frames of all parts together, without the very last step of an episode."""
     frames = [(part, i) for part in parts(data).values() for i in range(len(part))]
     numbers = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pizero.agent.policy import Policy, keyed_noise
-from pizero.data.dataset import RldsDataset
+from pizero.data.dataset import EpisodeDataset
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Replay:
 
 def replay(
     policy: Policy,
-    data: RldsDataset,
+    data: EpisodeDataset,
     *,
     episodes: Sequence[int],
     every: int,
