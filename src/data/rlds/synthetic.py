@@ -313,7 +313,7 @@ def _complete(features: DatasetSpec, play: Play, values: Values) -> Values:
 
 
 def _value(key: str, spec: FeatureSpec, play: Play) -> Any:
-    if spec.kind == "text":
+    if spec.kind == "text" and not spec.codes:
         is_sentence = "instruction" in key or "language" in key
         return play.text if is_sentence else ""
     if spec.kind != "tensor" or -1 in spec.shape or spec.dtype in ("string", "object"):
