@@ -24,7 +24,7 @@ from pizero.agent.driving.replay import Replay, replay, scores
 from pizero.agent.guess import Features, guess_action, guess_state, guess_text
 from pizero.agent.policy import DEFAULT_NUM_STEPS, Policy, load_policy
 from pizero.agent.report.replay import write_replay_report
-from pizero.agent.sources import find_features
+from pizero.agent.sources import dataset_name, find_features
 from pizero.agent.weights.folder import has_pipeline, own_folder, read_description
 from pizero.data.dataset import EpisodeDataset, RldsDataset
 from pizero.data.index import unknown_key
@@ -74,11 +74,14 @@ def _run(options: argparse.Namespace, console: Console) -> Path:
     return write(options, policy, data, replayed)
 
 
-def write(options: argparse.Namespace, policy: Policy, data: RldsDataset, replayed: Replay) -> Path:
+def write(
+    options: argparse.Namespace, policy: Policy, data: EpisodeDataset, replayed: Replay
+) -> Path:
     """metrics.json, pictures and report.html; returns the page's path."""
     found = scores(replayed)
     directory = data.index.directory
-    name = directory.parent.name if directory.name[:1].isdigit() else directory.name
+    name = dataset_name(directory)
+    cameras = {camera: " or ".join(keys) for camera, keys in data.cameras.items()}
     robot = policy.pipeline.robot
     folder = options.out or Path("outputs/act") / name
     facts = {
@@ -86,7 +89,7 @@ def write(options: argparse.Namespace, policy: Policy, data: RldsDataset, replay
         "dataset": str(directory),
         "split": data.split,
         "robot": None if robot is None else robot.name,
-        "cameras": {name: key for name, key in data.cameras.items()},
+        "cameras": cameras,
         "euler_steps": policy.num_steps,
         "noise_scale": policy.noise_scale,
         "seed": options.seed,
@@ -95,7 +98,7 @@ def write(options: argparse.Namespace, policy: Policy, data: RldsDataset, replay
     metrics = {**facts, **found}
     write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     shown = {k.replace("_", " "): v for k, v in facts.items() if v is not None}
-    shown["cameras"] = ", ".join(f"{n} ({k})" for n, k in facts["cameras"].items())
+    shown["cameras"] = ", ".join(f"{n} ({k})" for n, k in cameras.items())
     return write_replay_report(
         folder,
         replayed,

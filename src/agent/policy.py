@@ -200,8 +200,8 @@ def load_policy(
 ) -> Policy:
     """The policy of a checkpoint: a folder of ours, which needs nothing else, or a published one.
 
-    A folder that was trained on a mix whose data sets have pipelines of their own needs `asset`, the
-    name of one of them.
+    A folder trained on a mix whose data sets have pipelines of their own needs `asset`, the name of
+    one of them.
 
     Published checkpoints (openpi in either form, LeRobot, giga-models, open-pi-zero, transformers'
     pi0) say less of themselves: `robot`, `statistics`, `tokenizer`, `action_tokenizer` and `asset`

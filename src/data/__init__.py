@@ -1,4 +1,4 @@
-"""Data: RLDS read in place, normalised and turned into what the policy sees, and back."""
+"""Data: episodes read in place, normalised and turned into what the policy sees, and back."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from pizero.data.rlds import (
 
 # isort: split
 # Frames, and the order in which they are drawn
-from pizero.data.dataset import RldsDataset
+from pizero.data.dataset import EpisodeDataset, RldsDataset
 from pizero.data.mix import Mix
 from pizero.data.sampler import Order, rank_samples
+from pizero.data.select import Filters
+from pizero.data.standardize import Rule, Standard
 
 # isort: split
 # Between the robot's units and the model's
-from pizero.data.augment import Augmentation
+from pizero.data.augment import Augmentation, Recipe
 from pizero.data.fast_prompt import FastPrompt
 from pizero.data.fast_tokenizer import FastTokenizer, UndecodableActions
 from pizero.data.images import decode_image, encode_image, resize_image
@@ -42,16 +44,21 @@ __all__ = [
     "Augmentation",
     "CorruptRecordError",
     "DatasetSpec",
+    "EpisodeDataset",
     "FastPrompt",
     "FastTokenizer",
     "FeatureSpec",
+    "Filters",
     "Mix",
     "Normalizer",
     "Order",
     "PolicyPipeline",
+    "Recipe",
     "RldsDataset",
     "RldsWriter",
     "Robot",
+    "Rule",
+    "Standard",
     "Statistics",
     "Tokenizer",
     "TrainLoader",

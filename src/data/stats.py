@@ -330,7 +330,7 @@ def _json_tree(
 def _from_json(tree: Any, where: str, count: int) -> Statistics:
     if isinstance(tree, Statistics):
         return tree
-    named = {_FIELDS.get(k, k): v for k, v in tree.items()}
+    named = {_FIELDS.get(str(k), str(k)): v for k, v in tree.items()}
     for key in named.keys() - {*_ARRAYS, *_OTHERS}:
         lacking = [name for name in _ARRAYS if name not in named]
         if near := difflib.get_close_matches(key, lacking, 1, 0.8):
