@@ -292,7 +292,10 @@ def _check_time(frame: int, time: float, fps: float, tolerance: float) -> None:
 def _stream(container: Any) -> Any:
     if not container.streams.video:
         raise ValueError("it holds no video")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise ValueError("it is of a codec that nothing here decodes")
+    return stream
 
 
 @lru_cache(maxsize=1)

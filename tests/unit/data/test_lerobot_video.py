@@ -181,10 +181,14 @@ def _without_frame(path: Path, number: int, folder: Path) -> Path:
     return hurt
 
 
-def test_no_video_at_all(tmp_path):
+def test_no_video_at_all(videos, tmp_path):
     (tmp_path / "empty.mp4").write_bytes(b"")
     with pytest.raises(ValueError, match=r"empty\.mp4: not a whole video"):
         probe_video(tmp_path / "empty.mp4")
+    strange = tmp_path / "strange.mp4"
+    strange.write_bytes(videos["long_gop"].read_bytes().replace(b"avc1", b"zzz9"))
+    with pytest.raises(ValueError, match=r"strange\.mp4: .* a codec that nothing here decodes"):
+        probe_video(strange)
     with pytest.raises(ValueError, match="video backend torchcodec or pyav, got 'cv2'"):
         VideoReader(backend="cv2")
 
