@@ -24,7 +24,7 @@ from pizero.agent.weights.entry import Entry
 from pizero.agent.weights.write import write_safetensors
 from pizero.types import Tensor
 
-FORMATS = ("openpi", "lerobot", "open_pi_zero", "orbax")
+FORMATS = ("openpi", "lerobot", "giga", "transformers", "open_pi_zero", "orbax")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _BLOCK = 1 << 22
 
@@ -94,6 +94,8 @@ def write_checkpoint(
         return _write_orbax(folder / "params", entries)
     if format == "open_pi_zero":
         return _write_torch(folder / "bridge_beta_step19296.pt", entries)
+    if format in ("giga", "transformers"):
+        return _write_shards(folder, entries, torch_files=format == "giga")
     write_safetensors(folder / "model.safetensors", entries, Numbers(entries).read)
     if format == "lerobot":
         config = {"type": kind, "chunk_size": 50, "max_state_dim": sizes.state}
@@ -136,11 +138,7 @@ def openpi(sizes: Sizes, kind: str) -> dict[str, Shape]:
         **_linear(f"{root}model.multi_modal_projector.linear", sizes.vision.width, sizes.vlm.width),
         **_gemma(f"{root}model.language_model.", sizes.vlm),
         **_gemma(f"{expert}model.", sizes.expert, adaptive=adaptive),
-        **_linear("action_in_proj", sizes.action, width),
-        **_linear("action_out_proj", width, sizes.action),
-        **({} if adaptive else _linear("state_proj", sizes.state, width)),
-        **_linear(f"{_time(kind)}_in", width if adaptive else 2 * width, width),
-        **_linear(f"{_time(kind)}_out", width, width),
+        **_heads(sizes, kind),
     }
 
 
@@ -150,6 +148,39 @@ def lerobot(sizes: Sizes, kind: str) -> dict[str, Shape]:
     embedding = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
     names[embedding] = (sizes.vocabulary, sizes.vlm.width)
     return {f"model.{name}": shape for name, shape in names.items()}
+
+
+def giga(sizes: Sizes, kind: str) -> dict[str, Shape]:
+    """giga-models' module, whose layers hold both experts: 0 the language model, 1 the actions."""
+    root = "paligemma_with_expert."
+    names: dict[str, Shape] = {f"{root}embed_tokens.weight": (sizes.vocabulary, sizes.vlm.width)}
+    names |= _vision(f"{root}vision_tower.", sizes)
+    names |= _linear(f"{root}multi_modal_projector.linear", sizes.vision.width, sizes.vlm.width)
+    for i, expert in enumerate((sizes.vlm, sizes.expert)):
+        adaptive = i == 1 and kind == "pi05"
+        for name, shape in _gemma(root, expert, adaptive=adaptive).items():
+            name = name.replace(f"{root}norm.", f"{root}norms.{i}.")
+            name = name.replace(".mlp.", f".mlps.{i}.").replace("_layernorm.", f"_layernorms.{i}.")
+            names[name.replace("_proj.w", f"_proj.{i}.w" if "attn" in name else "_proj.w")] = shape
+    return names | _heads(sizes, kind)
+
+
+def transformers(sizes: Sizes, kind: str) -> dict[str, Shape]:
+    """PI0ForConditionalGeneration as it saves itself."""
+    if kind != "pi0":
+        raise ValueError(f"transformers has pi0 only, not {kind}")
+    root, words = "paligemma_with_expert.paligemma.model.", "language_model.model."
+    return {
+        f"{root}{words}embed_tokens.weight": (sizes.vocabulary, sizes.vlm.width),
+        "paligemma_with_expert.gemma_expert.lm_head.weight": (
+            sizes.vocabulary, sizes.expert.width,
+        ),
+        **_vision(f"{root}vision_tower.", sizes),
+        **_linear(f"{root}multi_modal_projector.linear", sizes.vision.width, sizes.vlm.width),
+        **_gemma(f"{root}{words}", sizes.vlm),
+        **_gemma("paligemma_with_expert.gemma_expert.model.", sizes.expert),
+        **_heads(sizes, kind),
+    }  # fmt: skip
 
 
 def open_pi_zero(sizes: Sizes, kind: str) -> dict[str, Shape]:
@@ -207,11 +238,30 @@ def orbax(sizes: Sizes, kind: str) -> dict[str, Shape]:
     return names
 
 
-TABLES = {"openpi": openpi, "lerobot": lerobot, "open_pi_zero": open_pi_zero, "orbax": orbax}
+TABLES = {
+    "openpi": openpi,
+    "lerobot": lerobot,
+    "giga": giga,
+    "transformers": transformers,
+    "open_pi_zero": open_pi_zero,
+    "orbax": orbax,
+}
 
 
 def _time(kind: str) -> str:
     return "time_mlp" if kind == "pi05" else "action_time_mlp"
+
+
+def _heads(sizes: Sizes, kind: str) -> dict[str, Shape]:
+    """State, action and time layers of the PyTorch forms."""
+    width, adaptive = sizes.expert.width, kind == "pi05"
+    return {
+        **_linear("action_in_proj", sizes.action, width),
+        **_linear("action_out_proj", width, sizes.action),
+        **({} if adaptive else _linear("state_proj", sizes.state, width)),
+        **_linear(f"{_time(kind)}_in", width if adaptive else 2 * width, width),
+        **_linear(f"{_time(kind)}_out", width, width),
+    }
 
 
 def _linear(name: str, inputs: int, outputs: int) -> dict[str, Shape]:
@@ -294,8 +344,33 @@ def _stacked_gemma(sizes: Transformer, suffix: str, *, adaptive: bool = False) -
     return names
 
 
-def _write_torch(path: Path, entries: Mapping[str, Entry]) -> Path:
-    """A file of torch.save with a training program's other keys, made without its tensors.
+def _write_shards(folder: Path, entries: Mapping[str, Entry], *, torch_files: bool) -> Path:
+    """A folder as transformers (safetensors) or diffusers (torch.save) splits it, with its index
+    and a config.json."""
+    total = sum(entry.num_bytes for entry in entries.values())
+    shards: list[dict[str, Entry]] = [{}]
+    for name, entry in entries.items():
+        if sum(e.num_bytes for e in shards[-1].values()) > total / 3:
+            shards.append({})
+        shards[-1][name] = entry
+    stem, end = ("diffusion_pytorch_model", "bin") if torch_files else ("model", "safetensors")
+    where = {}
+    for i, part in enumerate(shards, start=1):
+        path = folder / f"{stem}-{i:05d}-of-{len(shards):05d}.{end}"
+        if torch_files:
+            _write_torch(path, part, alone=True)
+        else:
+            write_safetensors(path, part, Numbers(part).read)
+        where |= dict.fromkeys(part, path.name)
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / f"{stem}.{end}.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps({"chunk_size": 50}))
+    return folder
+
+
+def _write_torch(path: Path, entries: Mapping[str, Entry], *, alone: bool = False) -> Path:
+    """A file of torch.save, `alone` or with a training program's other keys, made without its
+    tensors.
 
     torch writes it from tensors without memory, which leaves holes; the numbers then go there.
     """
@@ -305,11 +380,13 @@ def _write_torch(path: Path, entries: Mapping[str, Entry]) -> Path:
 
     with FakeTensorMode():
         own = {name: torch.empty(e.shape, dtype=e.dtype) for name, e in entries.items()}
-        content = {"cnt_update": 19296, "cnt_batch": 308736, "wandb_id": None}
-        content["model"] = {name: own[key(name)] for name in entries}
+        content: dict[str, Any] = {name: own[key(name)] for name in entries}
+        if not alone:
+            content = {"cnt_update": 19296, "cnt_batch": 308736, "model": content}
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(content, path)
-        saved = torch.load(path, weights_only=True)["model"]
+        saved = torch.load(path, weights_only=True)
+    saved = saved if alone else saved["model"]
     numbers = Numbers(entries)
     with path.open("r+b") as file:
         for name in {key(name): None for name in entries}:

@@ -76,6 +76,9 @@ def test_tables_are_those_of_stored_checkpoints(case, stored, format, kind):
     [
         ("openpi", "pi0", 777, 3_501_372_176),
         ("openpi", "pi05", 812, 3_616_757_520),
+        ("giga", "pi0", 776, 3_238_048_528),
+        ("giga", "pi05", 811, 3_353_433_872),
+        ("transformers", "pi0", 777, 3_501_372_176),
         ("orbax", "pi0", 50, 3_238_048_528),
         ("orbax", "pi05", 51, 3_353_433_872),
         ("open_pi_zero", "pi0", 938, 3_238_100_727 + 311_464_960),  # proprio's are action's
@@ -87,11 +90,40 @@ def test_full_sizes_are_the_published_ones(format, kind, tensors, parameters):
     assert len(shapes) == tensors
 
 
+def test_the_table_of_transformers_is_what_it_saves(tmp_path):
+    from transformers import PI0Config, PI0ForConditionalGeneration
+
+    vlm, expert, eyes = SMALL.vlm, SMALL.expert, SMALL.vision
+
+    def language(sizes: Transformer) -> dict:
+        return dict(
+            hidden_size=sizes.width, intermediate_size=sizes.mlp, num_hidden_layers=sizes.depth,
+            num_attention_heads=sizes.heads, num_key_value_heads=1, head_dim=sizes.head_dim,
+            vocab_size=SMALL.vocabulary, model_type="gemma", pad_token_id=None,
+        )  # fmt: skip
+
+    vision = dict(
+        hidden_size=eyes.width, intermediate_size=eyes.mlp, num_hidden_layers=eyes.depth,
+        num_attention_heads=eyes.heads, patch_size=14, image_size=28, vision_use_head=False,
+        model_type="siglip_vision_model",
+    )  # fmt: skip
+    config = PI0Config(
+        vlm_config=dict(
+            text_config=language(vlm), vision_config=vision, projection_dim=vlm.width,
+            model_type="paligemma", image_token_id=SMALL.vocabulary,
+        ),
+        dit_config=language(expert), max_state_dim=6, max_action_dim=5,
+    )  # fmt: skip
+    PI0ForConditionalGeneration(config).save_pretrained(tmp_path)
+    saved = {name: entry.shape for name, entry in open_source(tmp_path).entries.items()}
+    assert TABLES["transformers"](SMALL, "pi0") == saved
+
+
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_loads(tmp_path, format, kind):
-    if (format, kind) == ("open_pi_zero", "pi05"):
-        with pytest.raises(ValueError, match="published pi0 only"):
+    if format in ("open_pi_zero", "transformers") and kind == "pi05":
+        with pytest.raises(ValueError, match="pi0 only"):
             write_checkpoint(format, tmp_path / "new", kind=kind, sizes=SMALL)
         return
     path = write_checkpoint(format, tmp_path / "new", kind=kind, sizes=SMALL)
