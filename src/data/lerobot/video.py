@@ -1,15 +1,17 @@
 """Frames of video files by number, decoded on demand.
 
 torchcodec decodes where it can be imported, PyAV otherwise; both give the same pixels. A process
-keeps a bounded number of decoders open. They are never shared: a fork or a copy starts without any.
+keeps a bounded number of decoders open, which are its own: a fork begins without any.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -42,34 +44,18 @@ class VideoFacts:
 
 
 class VideoReader:
-    """Reads frames by number from any of the files, with the least recently used decoder closed.
+    """Reads frames by number from any of the files.
 
-    `tolerance_s` is how far a frame's time may be from number / fps. `backend` None takes the
-    faster one that works here. A decoder belongs to the process that opened it, so a fork begins
-    anew, and pickling leaves decoders behind.
+    `tolerance_s` is how far a frame's time may be from number / fps. `backend` None takes
+    torchcodec where it works, else PyAV.
     """
 
-    def __init__(
-        self,
-        *,
-        backend: str | None = None,
-        capacity: int = OPEN_DECODERS,
-        tolerance_s: float = TOLERANCE,
-    ) -> None:
+    def __init__(self, *, backend: str | None = None, tolerance_s: float = TOLERANCE) -> None:
         if backend not in (None, *BACKENDS):
             raise ValueError(f"expected video backend {' or '.join(BACKENDS)}, got {backend!r}")
-        if capacity < 1:
-            raise ValueError(f"expected at least one open decoder, got {capacity}")
         if backend == "torchcodec" and _torchcodec() is None:
             raise ValueError(f"torchcodec does not load here: {_why_no_torchcodec()}")
-        self.backend, self.capacity, self.tolerance_s = backend, capacity, tolerance_s
-        self._decoders: OrderedDict[str, _Decoder] = OrderedDict()
-        self._process = os.getpid()
-
-    @property
-    def num_open(self) -> int:
-        """Decoders open in this process."""
-        return len(self._decoders) if self._process == os.getpid() else 0
+        self.backend, self.tolerance_s = backend, tolerance_s
 
     def read(self, path: str, frames: Sequence[int] | np.ndarray) -> np.ndarray:
         """uint8 [n h w 3], in the order of the numbers; ValueError names the file and the frame.
@@ -77,48 +63,22 @@ class VideoReader:
         Each distinct frame is decoded once, in one pass through the file.
         """
         wanted, places = np.unique(np.asarray(frames, np.int64), return_inverse=True)
-        decoder = self._decoder(path)
-        if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < decoder.frames:
-            raise ValueError(
-                f"{path}: expected frame numbers in 0..{decoder.frames - 1}, got {wanted[0]}.."
-                f"{wanted[-1]}"
-            )
-        try:
-            images = decoder.decode(wanted.tolist())
-        except ValueError as error:  # its state is unknown now
-            self._decoders.pop(path, None)
-            raise ValueError(f"{path}, {_name(wanted)}: {error}") from error
+        with _open_decoders.use(path, self.backend, self.tolerance_s) as decoder:
+            if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < decoder.frames:
+                raise ValueError(
+                    f"{path}: expected frame numbers in 0..{decoder.frames - 1}, got {wanted[0]}.."
+                    f"{wanted[-1]}"
+                )
+            try:
+                images = decoder.decode(wanted.tolist())
+            except ValueError as error:
+                raise ValueError(f"{path}, {_name(wanted)}: {error}") from error
         return images[places]
 
-    def _decoder(self, path: str) -> _Decoder:
-        if self._process != os.getpid():
-            # Closing what the parent opened would wait for threads that only the parent has.
-            _abandoned.append(self._decoders)
-            self._decoders, self._process = OrderedDict(), os.getpid()
-        decoder = self._decoders.get(path)
-        if decoder is None:
-            while len(self._decoders) >= self.capacity:
-                self._decoders.popitem(last=False)[1].close()
-            decoder = self._decoders[path] = _open(path, self.backend, self.tolerance_s)
-        self._decoders.move_to_end(path)
-        return decoder
 
-    def close(self) -> None:
-        """Close all decoders of this process; they open again when needed."""
-        if self._process == os.getpid():
-            for decoder in self._decoders.values():
-                decoder.close()
-            self._decoders.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            "backend": self.backend,
-            "capacity": self.capacity,
-            "tolerance_s": self.tolerance_s,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+def num_open() -> int:
+    """Decoders that are open in this process."""
+    return len(_open_decoders.decoders)
 
 
 def probe_video(path: str | Path) -> VideoFacts:
@@ -148,6 +108,32 @@ def probe_video(path: str | Path) -> VideoFacts:
 
 
 # -- decoders -------------------------------------------------------------------------------------
+
+
+class _OpenDecoders:
+    """The decoders of this process; the least recently used one is closed for another."""
+
+    def __init__(self) -> None:
+        self.decoders: OrderedDict[tuple, _Decoder] = OrderedDict()
+        self.lock = threading.RLock()  # a decoder serves one thread at a time
+
+    @contextmanager
+    def use(self, path: str, backend: str | None, tolerance_s: float) -> Iterator[_Decoder]:
+        """The decoder of a file; after an error it is dropped, as its state is unknown then."""
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+        # a file that was replaced meanwhile is another one
+        key = (path, stat.st_size, stat.st_mtime_ns, backend, tolerance_s)
+        with self.lock:
+            decoder = self.decoders.pop(key, None)
+            if decoder is None:
+                while len(self.decoders) >= OPEN_DECODERS:
+                    self.decoders.popitem(last=False)[1].close()
+                decoder = _open(path, backend, tolerance_s)
+            yield decoder
+            self.decoders[key] = decoder  # behind all others
 
 
 class _Decoder(Protocol):
@@ -324,4 +310,13 @@ def _name(frames: np.ndarray) -> str:
     return f"frame {frames[0]}" if len(frames) == 1 else f"frames {frames[0]}..{frames[-1]}"
 
 
-_abandoned: list[Any] = []  # decoders of a parent process, kept so that nothing closes them
+def _begin_anew() -> None:
+    """In a fork: closing what the parent opened would wait for threads that only the parent has."""
+    global _open_decoders
+    _of_parents.append(_open_decoders)
+    _open_decoders = _OpenDecoders()
+
+
+_of_parents: list[_OpenDecoders] = []  # kept, so that nothing closes them
+_open_decoders = _OpenDecoders()
+os.register_at_fork(after_in_child=_begin_anew)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import pickle
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,9 +11,10 @@ import av
 import numpy as np
 import pytest
 
+from pizero.data.lerobot import video
 from pizero.data.lerobot.encode import VideoEncoder, check_codec
 from pizero.data.lerobot.reencode import reencode
-from pizero.data.lerobot.video import BACKENDS, VideoReader, probe_video
+from pizero.data.lerobot.video import BACKENDS, VideoReader, num_open, probe_video
 
 SIZE = 32
 KINDS = {
@@ -101,39 +101,53 @@ def test_what_the_container_says(videos):
     assert probe_video(videos["odd_rate"]).fps == pytest.approx(29.97, abs=1e-3)
 
 
-def test_as_many_decoders_as_allowed(videos):
-    reader = VideoReader(capacity=2, backend="pyav")
+def test_as_many_decoders_as_allowed(videos, monkeypatch):
+    monkeypatch.setattr(video, "OPEN_DECODERS", 2)
+    monkeypatch.setattr(video, "_open_decoders", video._OpenDecoders())
+    readers = [VideoReader(backend="pyav"), VideoReader(backend="pyav", tolerance_s=1e-3)]
     expected = {name: decode_all(path)[7] for name, path in videos.items()}
     for name in [*videos, *reversed(videos)] * 2:
-        np.testing.assert_array_equal(reader.read(str(videos[name]), [7])[0], expected[name])
-        assert reader.num_open <= 2
-    assert reader.num_open == 2
-    reader.close()
-    assert reader.num_open == 0
-    reader.read(str(videos["av1"]), [0])
-    assert pickle.loads(pickle.dumps(reader)).num_open == 0
-
-
-def _read(reader: VideoReader, path: str) -> tuple[int, np.ndarray]:
-    before = reader.num_open
-    return before, reader.read(path, [9])[0]
+        for reader in readers:
+            np.testing.assert_array_equal(reader.read(str(videos[name]), [7])[0], expected[name])
+            assert 1 <= num_open() <= 2
+    assert num_open() == 2
 
 
 def test_a_fork_begins_without_decoders(videos, reader):
     path = str(videos["reordered"])
     expected = reader.read(path, [9])[0]
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        for before, image in pool.starmap(_read, [(reader, path)] * 2):
-            assert before == 0
-            np.testing.assert_array_equal(image, expected)
-    read, write = os.pipe()  # not pickled: the decoder itself is in the child's memory
+    before = num_open()
+    assert before
+    read, write = os.pipe()
     if not (child := os.fork()):
-        found = reader.num_open == 0 and np.array_equal(reader.read(path, [9])[0], expected)
-        os.write(write, b"1" if found else b"0")
+        is_empty = num_open() == 0
+        is_equal = np.array_equal(reader.read(path, [9])[0], expected)
+        os.write(write, b"%d%d" % (is_empty, is_equal))
         os._exit(0)
     os.waitpid(child, 0)
-    assert os.read(read, 1) == b"1"
-    assert reader.num_open == 1
+    assert os.read(read, 2) == b"11"
+    assert num_open() == before
+    np.testing.assert_array_equal(reader.read(path, [9])[0], expected)
+
+
+def test_a_file_that_was_replaced_is_read_anew(videos, reader, tmp_path):
+    path = tmp_path / "x.mp4"
+    for kind in ("av1", "reordered"):
+        path.write_bytes(videos[kind].read_bytes())
+        np.testing.assert_array_equal(reader.read(str(path), [3])[0], decode_all(videos[kind])[3])
+    path.unlink()
+    with pytest.raises(ValueError, match=r"x\.mp4: cannot be read: No such file"):
+        reader.read(str(path), [3])
+
+
+def test_threads_take_turns(videos, reader):
+    path = str(videos["reordered"])
+    expected = decode_all(videos["reordered"])
+    frames = np.random.default_rng(0).integers(0, 64, 200).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        images = pool.map(lambda i: reader.read(path, [i])[0], frames)
+        for frame, image in zip(frames, images, strict=True):
+            np.testing.assert_array_equal(image, expected[frame])
 
 
 def test_frames_that_are_not_there(videos, reader):
