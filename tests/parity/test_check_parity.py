@@ -94,7 +94,7 @@ def test_the_script_exits_1_for_what_is_no_case(tmp_path, monkeypatch, capsys):
     assert "is no parity case" in out.replace("\n", "")
 
 
-# What its copy here leaves out: the largest arrays, and those of a fact that is not compared.
+# What its copy here leaves out: the largest arrays.
 LEFT_OUT = ("resize.180x320.", "resize.480x640.", "resize.200x120.jax", "resize.200x120.torch",
             "time_embedding.jax_1024", "time_embedding.torch_1024")  # fmt: skip
 
@@ -107,8 +107,8 @@ def test_every_stored_transform(name):
     assert section.unknown == []
     facts = set(report.case.facts["facts"])
     compared = {re.split(r"[.: ,]", row.name)[0] for row in section.rows}
-    renamed = {"resize": "resize_with_pad", "delta": "delta_actions"}
-    assert facts - {renamed.get(name, name) for name in compared} <= {"msgpack", "color_jitter"}
+    renamed = {"resize": "resize_with_pad", "delta": "delta_actions", "color": "color_jitter"}
+    assert facts - {renamed.get(name, name) for name in compared} <= {"msgpack"}
     assert not any(row.rule.assumed for row in section.rows)
     absent = [line for line in section.left_out if "arrays.safetensors" in line]
     for array in ", ".join(absent).split(" (not in")[0].split(", ") if absent else []:
@@ -132,6 +132,29 @@ def test_one_wrong_transform_fails_and_absent_arrays_are_said(tmp_path, monkeypa
     assert failing == ["digitize", "prompt.1", "parse_image"]
     assert "no such thing here: telepathy" in out
     assert re.search(r"normalize\.same_width.*\(not in arrays\.safetensors\)", out)
+
+
+@pytest.mark.parametrize(
+    ("fact", "wrong"),
+    [
+        ("libero", ("pi0_fast", "right_wrist_0_rgb")),
+        ("droid", ("pi05", "zero_image", 0)),
+        ("color_jitter", ("cases", 3, "contrast")),
+    ],
+)
+def test_each_fact_of_openpi_can_fail(tmp_path, fact, wrong):
+    wrong_copy = shutil.copytree(FIXTURES / "openpi_transforms", tmp_path / "wrong")
+    tree = json.loads((wrong_copy / "case.json").read_text())
+    place = tree["facts"][fact]
+    for key in wrong[:-1]:
+        place = place[key]
+    was = place[wrong[-1]]
+    new = not was if isinstance(was, bool) else "base_0_rgb" if isinstance(was, str) else was / 2
+    place[wrong[-1]] = new
+    (wrong_copy / "case.json").write_text(json.dumps(tree))
+    (section,) = check_case(wrong_copy).sections
+    named = {"color_jitter": "color"}.get(fact, fact)
+    assert {row.name.split(".")[0].split(":")[0] for row in section.failed} == {named}
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from safetensors.numpy import load_file
 
-from pizero.agent.config import build
+from pizero.agent.config import build, config_dir
 from pizero.agent.parity.rules import Rule
 from pizero.agent.published import robot_node
 from pizero.data import (
@@ -31,6 +32,7 @@ from pizero.data import (
     resize_image,
     train_tokenizer,
 )
+from pizero.data.augment import ValueJitter
 from pizero.data.images import parse_image
 from pizero.data.normalize import make_normalizer, subtract_state
 from pizero.data.robot import GripperLatch
@@ -174,6 +176,15 @@ class Facts:
         levels = torch.tensor(fact["in"], dtype=torch.uint8)
         yield "image", floats_of(levels), fact["out"], "float32"
 
+    def color_jitter(self, fact: Mapping[str, Any]) -> Iterator[Check]:
+        for case in fact["cases"]:
+            for pixels, stored in self._arrays.get("color.pixels", case["array"]):
+                yield case["array"], _jittered(pixels, **case), stored, "float32"
+        for name, contrast in self._arrays.match(r"color\.contrast_curve_(-?[\d.]+)"):
+            for ramp, stored in self._arrays.get("color.value_ramp", name):
+                grey = np.tile(ramp[:, None], (1, 3))
+                yield name, _jittered(grey, contrast=float(contrast))[:, 0], stored, "float32"
+
     # -- prompts: as letters, with a seam behind every string that is encoded by itself ------------
 
     def digitize(self, fact: Mapping[str, Any]) -> Iterator[Check]:
@@ -238,6 +249,9 @@ class Facts:
         name, rule = "time_distribution, in standard errors", Rule(atol=4.0)
         yield f"{name}: quantiles", below / error, share / error, rule
         yield f"{name}: mean", t.mean() / mean_error, stated["mean"] / mean_error, rule
+        if "std" in stated:
+            std_error = np.square(t - t.mean()).std() / (2 * t.std() * DRAWS**0.5)
+            yield f"{name}: std", t.std() / std_error, stated["std"] / std_error, rule
 
     def attention_mask(self, fact: Mapping[str, Any]) -> Iterator[Check]:
         for i, case in enumerate(fact["cases"]):
@@ -266,7 +280,7 @@ class Facts:
         for family, masks in fact.items():
             robot = _robot("libero")
             lacking = [name for name, names in robot.cameras.items() if not names]
-            yield self._cameras(f"libero.{family}", robot, masks, lacking)
+            yield self._cameras(f"libero.{family}", robot, masks, lacking, family=family)
 
     def droid(self, fact: Mapping[str, Any]) -> Iterator[Check]:
         for family, case in fact.items():
@@ -275,7 +289,7 @@ class Facts:
                 sent = iter([names for names in robot.cameras.values() if names])
                 names = {name: None if name in zero else next(sent) for name in masks}
                 robot = _robot("droid", cameras=names)
-            yield self._cameras(f"droid.{family}", robot, masks, zero)
+            yield self._cameras(f"droid.{family}", robot, masks, zero, family=family)
             joints, gripper = np.split(np.array(case["state"]), [7])
             parts = {"joint_position": joints, "gripper_position": gripper}
             state = robot.data_state(parts, live=True)
@@ -319,9 +333,11 @@ class Facts:
         masks: Mapping[str, bool],
         black: Sequence[str],
         sent: Iterable[str] | None = None,
+        family: str = "pi0",
     ) -> Check:
         """Which cameras the model looks at and which are black, of those that the robot sends."""
-        looks = "all" if all(masks.values()) else ()
+        published = OmegaConf.load(config_dir() / "pipeline" / f"openpi_{family}.yaml")
+        looks = OmegaConf.select(published, "black_cameras") or ()
         pipeline = self._pipeline(
             robot.state_dim, robot.action_dim, robot=robot, black_cameras=looks
         )
@@ -377,6 +393,17 @@ class _Known(FastTokenizer):
 
     def encode(self, actions: np.ndarray) -> list[int]:
         return self.ids
+
+
+def _jittered(
+    pixels: np.ndarray, *, brightness: float = 0, contrast: float = 0, hue: float = 0, **_: Any
+) -> np.ndarray:
+    """Pixels [n 3] in [0, 1] with their colours moved by so much."""
+    jitter = ValueJitter(brightness=abs(brightness), contrast=abs(contrast), hue=abs(hue))
+    draws = np.array([[brightness >= 0, contrast >= 0, hue >= 0, False]], float)  # ends of ranges
+    image = torch.from_numpy(pixels.T[None, :, None] * np.float32(255))
+    parameters = torch.from_numpy(jitter.parameters(draws, (1, len(pixels)))).float()
+    return jitter(image, parameters)[0, :, 0].T.numpy() / 255
 
 
 def _robot(name: str, **changes: Any) -> Robot:

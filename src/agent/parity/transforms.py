@@ -25,7 +25,6 @@ from pizero.agent.parity.rules import Rule, Verdict, compare, rule_for
 # What has no counterpart, by its place in the facts, and why.
 LEFT_OUT = {
     "msgpack": "openpi's messages; pizero's simulators are spoken to in a protocol of their own",
-    "color_jitter": "jitter in HSV; pizero's augmentation changes colours in RGB",
     "running_stats.q01": "q01 and q99 of a histogram; pizero's are exact, and compared as such",
     "delta_actions.mask_2_0_2": "a short way to write masks; pizero's are written out",
     "pad_to_dim.already_wider": "pizero refuses values wider than the model",
