@@ -208,7 +208,7 @@ def load_statistics(
             f"{where} is damaged or was changed by hand; if that was meant, remove its digest"
         )
     tree = _select(tree.get("norm_stats", tree), dataset, where)
-    count = int(tree.get("num_transitions") or 0)
+    count = _count(tree.get("num_transitions"), f"{where}, num_transitions")
     found: dict[str, Statistics] = {}
     for key, value in tree.items():
         if key not in _NAMES or not _is_group(value):
@@ -355,8 +355,16 @@ def _from_json(tree: Any, where: str, count: int) -> Statistics:
     mask = None if named.get("mask") is None else np.asarray(named["mask"], bool)
     if mask is not None and mask.shape not in sizes.values():
         raise ValueError(f"{where}: the mask has {len(mask)} entries, the others {sizes}")
-    count = int(np.max(named.get("count", count) or 0))
+    count = _count(named.get("count", count), f"{where}, count")
     return Statistics(**arrays, count=count, mask=mask)
+
+
+def _count(value: Any, where: str) -> int:
+    """A number of frames, alone or in a list as LeRobot has it; 0 where there is none."""
+    try:
+        return int(np.max(value or 0))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: expected a number, got {value!r}") from error
 
 
 def _expect_sense(arrays: Mapping[str, np.ndarray], where: str) -> None:

@@ -231,7 +231,7 @@ class _PyavDecoder:
         assert found.pts is not None
         time = float((found.pts - self._start) / self._ticks)
         _check_time(number, time, self._fps, self._tolerance)
-        return self._reformatter.reformat(found, format="rgb24").to_ndarray()
+        return self._reformatter.reformat(found, format="rgb24", threads=1).to_ndarray()
 
     def _is_ahead(self, number: int) -> bool:
         """Whether the frame comes by decoding on, without a key frame to jump to in between."""
