@@ -26,6 +26,7 @@ from pizero.agent.policy import DEFAULT_NUM_STEPS, Policy, load_policy
 from pizero.agent.report.replay import write_replay_report
 from pizero.agent.sources import dataset_name, find_features
 from pizero.agent.weights.folder import has_pipeline, own_folder, read_description
+from pizero.agent.weights.inspect import KINDS
 from pizero.data.dataset import EpisodeDataset, RldsDataset
 from pizero.data.index import unknown_key
 from pizero.data.rlds.index import splits
@@ -48,6 +49,8 @@ def _run(options: argparse.Namespace, console: Console) -> Path:
         robot=options.robot,
         statistics=options.statistics,
         tokenizer=options.tokenizer,
+        action_tokenizer=options.action_tokenizer,
+        kind=options.kind,
         asset=options.asset,
         overrides=pairs(options.set) or None,
         device=options.device,
@@ -282,6 +285,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--robot", help="name in config/robot, or a YAML file (published checkpoints)")
     add("--statistics", type=Path, help="statistics, of any dialect (published checkpoints)")
     add("--tokenizer", type=Path, help="paligemma_tokenizer.model (published checkpoints)")
+    add("--action-tokenizer", type=Path, help="folder of pi0-FAST's action tokenizer")
+    add("--kind", choices=KINDS, help="pi0_fast tells pi0-FAST from PaliGemma")
     add("--asset", help="whose statistics, where several robots' lie beside the weights")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="model sizes: horizon=10")
     add("--num-steps", type=int, default=DEFAULT_NUM_STEPS, help="Euler steps of a decision")

@@ -39,7 +39,7 @@ from pizero.agent.env.client import EnvClient
 from pizero.agent.machine import hardware, versions
 from pizero.agent.policy import Policy, load_policy
 from pizero.agent.report import write_report
-from pizero.agent.weights.folder import find_checkpoint
+from pizero.agent.weights.folder import find_checkpoint, own_folder
 from pizero.data.mix import Mix
 from pizero.model import PiZeroFast
 
@@ -79,6 +79,7 @@ class EvalConfig:
     name: str
     run_dir: str
     checkpoint: str
+    load: dict[str, Any]  # further arguments of load_policy, for a published checkpoint
     asset: str | None
     env: Any  # starts a simulator process: config/env/*.yaml
     workers: int  # simulator processes
@@ -117,7 +118,9 @@ class EvalWorkspace:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = find_checkpoint(config.checkpoint)
+        checkpoint = Path(config.checkpoint)
+        if own_folder(checkpoint) is not None or not checkpoint.exists():
+            checkpoint = find_checkpoint(checkpoint)
         with logged_to(self.folder / "run.log"), ExitStack() as stack:
             workers = [stack.enter_context(self.launch()) for _ in range(config.workers)]
             world = workers[0].call("describe")
@@ -163,6 +166,7 @@ class EvalWorkspace:
         for weights in sorted(wanted, key=lambda w: w.value):
             policies[weights.value] = load_policy(
                 checkpoint,
+                **config.load,
                 asset=config.asset,
                 device=config.device,
                 num_steps=config.num_steps,
@@ -235,6 +239,8 @@ class EvalWorkspace:
     def _compare(self, policy: Policy, checkpoint: Path) -> None:
         """Predicted chunks beside the expert's, where the run's held-out episodes are here."""
         if not self.config.held_out_frames:
+            return
+        if own_folder(checkpoint) is None:
             return
         training = OmegaConf.load(checkpoint / "config.yaml")
         try:
@@ -310,8 +316,9 @@ def make_protocol(config: EvalConfig, world: Mapping[str, Any], checkpoint: Path
         "num_steps": config.num_steps,
         "noise_scale": config.noise_scale,
         "seed": config.seed,
-        "checkpoint": digest(checkpoint / "model.safetensors"),
+        "checkpoint": digest_of_weights(checkpoint),
         **({} if config.asset is None else {"asset": config.asset}),
+        **({"load": config.load} if config.load else {}),
     }
 
 
@@ -339,13 +346,15 @@ def check_fit(policy: Policy, world: Mapping[str, Any], *, act_steps: int) -> No
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
     """Where the weights come from, in a few plain entries."""
+    here = Path.cwd()
+    shown = str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+    if own_folder(folder) is None:
+        return {"folder": shown, "weights": "published"}
     metadata = json.loads((folder / "metadata.json").read_text())
     kept = ("step", "samples", "weights")
     commit = metadata["versions"].get("git commit")
     trained = {"trained at git commit": commit} if commit else {}
-    here = Path.cwd()
-    shown = folder.relative_to(here) if folder.is_relative_to(here) else folder
-    return {"folder": str(shown), **{k: metadata[k] for k in kept}, **trained}
+    return {"folder": shown, **{k: metadata[k] for k in kept}, **trained}
 
 
 def describe_model(policy: Policy) -> dict[str, Any]:
@@ -386,6 +395,17 @@ def save_actions(path: Path, actions: np.ndarray) -> None:
     temporary = path.with_name(f".{path.name}.tmp.npy")
     np.save(temporary, actions, allow_pickle=False)
     os.replace(temporary, path)
+
+
+def digest_of_weights(checkpoint: Path) -> str:
+    """Sixteen hex digits of the weights of a folder of ours, or of all files of another."""
+    if own_folder(checkpoint) is not None:
+        return digest(checkpoint / "model.safetensors")
+    if checkpoint.is_file():
+        return digest(checkpoint)
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    told = "".join(f"{path.relative_to(checkpoint)} {digest(path)}\n" for path in files)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def digest(path: Path) -> str:

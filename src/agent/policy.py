@@ -209,10 +209,9 @@ def load_policy(
     trace in weights ({"horizon": 10}), `changes` arguments of the pipeline to replace, and `kind`
     "pi0_fast" tells pi0-FAST from PaliGemma.
 
-    `dtype` None keeps the precision that is stored. `weights="random"` gives the model of a folder
-    of ours as it was before training (drawn from `seed`): the baseline that shows what training was
-    worth. A folder's configuration may name classes from `packages` only; add your own if you trust
-    the folder.
+    `dtype` None keeps the precision that is stored. `weights="random"` gives the model as it was
+    before training (drawn from `seed`): the baseline that shows what training was worth. A folder's
+    configuration may name classes from `packages` only; add your own if you trust the folder.
     """
     from pizero.agent.checkpoint import load_checkpoint
     from pizero.agent.config import build
@@ -234,11 +233,7 @@ def load_policy(
         config, model, pipeline, _ = load_checkpoint(
             path, device=device, dtype=dtype, packages=packages, dataset=asset
         )
-        if weights == "random":
-            # Building a model draws from torch's generator, which is the caller's.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = build(config.model, path="model", packages=packages).to(device)
+        architecture = config.model
     else:
         # The pipeline first: what it lacks is known at once, weights take a while.
         found = inspect(path, overrides=overrides, kind=kind)
@@ -253,10 +248,15 @@ def load_policy(
         )
         pipeline = build_published(node, found)
         loaded = load_model(found, device=device, dtype=dtype)
-        model = loaded.model
+        model, architecture = loaded.model, found.model
         log.info("%s", loaded.report)
         for note in loaded.report.notes:
             log.warning("%s: %s", path, note)
+    if weights == "random":
+        # Building a model draws from torch's generator, which is the caller's.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = build(architecture, path="model", packages=packages).to(device)
     return Policy(model, pipeline, num_steps=num_steps, noise_scale=noise_scale)
 
 

@@ -14,6 +14,8 @@ from pizero.agent.act import main, open_data, trained_on
 from pizero.agent.driving.replay import Replay, ReplayedEpisode, replay, scores
 from pizero.agent.policy import load_policy
 from pizero.data.lerobot import export_episodes
+from pizero.data.stats import Statistics, save_statistics
+from pizero.data.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,24 @@ def test_the_command_writes_page_pictures_and_numbers(dataset, checkpoint, tmp_p
     for words in ("Predicted beside recorded", "do task 1", "action 3", "Error by step"):
         assert words in page
     assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_published_checkpoint_over_a_dataset(dataset, tmp_path):
+    """openpi's weights by path; cameras, words, statistics and sizes by option."""
+    weights = Path(__file__).parents[1] / "data" / "fixtures" / "openpi_pi0" / "weights.safetensors"
+    words = train_tokenizer(["do task 1"], tmp_path / "tokenizer.model", vocab_size=400)
+    values = np.random.default_rng(0).normal(size=(9, 4))
+    statistics = {name: Statistics.of(values) for name in ("state", "action")}
+    save_statistics(statistics, tmp_path / "stats.json", dialect="openpi")
+    out, cameras = tmp_path / "out", ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+    main(["--checkpoint", str(weights), "--dataset", str(dataset), "--episodes", "1",
+          "--every", "4", "--num-steps", "1", "--device", "cpu", "--out", str(out),
+          "--tokenizer", str(words), "--statistics", str(tmp_path / "stats.json"),
+          "--set", "horizon=6", "vision.num_heads=4",
+          "--camera", *(f"{camera}=observation/corner" for camera in cameras)])  # fmt: skip
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert np.isfinite(metrics["mean_absolute_error"]).all()
+    assert set(metrics["cameras"]) == {*cameras}
 
 
 def test_features_are_found_named_or_refused(dataset, checkpoint, tmp_path):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from stand_in.toy_checkpoint import write_toy_checkpoint
+from stand_in.toy_checkpoint import SENTENCES, write_toy_checkpoint
 
 from pizero.agent.config import load_config
 from pizero.agent.driving.episodes import EpisodeLog
-from pizero.agent.eval import EvalWorkspace
+from pizero.agent.eval import EvalWorkspace, digest_of_weights
+from pizero.data.stats import Statistics, save_statistics
+from pizero.data.tokenizer import train_tokenizer
 
 WORLD = "stand_in.line_world:LineWorld"
 
@@ -131,3 +135,30 @@ def test_mistakes_are_named_before_any_episode(checkpoint, tmp_path):
     ):
         evaluation(tmp_path, checkpoint, env=wordy).run()
     assert not list(tmp_path.glob("results.json"))
+
+
+def test_a_published_checkpoint_drives_as_it_is(tmp_path):
+    """openpi's weights, with words, statistics and cameras that the protocol tells."""
+    weights = Path(__file__).parents[1] / "data" / "fixtures" / "openpi_pi0" / "weights.safetensors"
+    shutil.copyfile(weights, tmp_path / "model.safetensors")
+    words = train_tokenizer(SENTENCES, tmp_path / "tokenizer.model", vocab_size=400)
+    values = np.random.default_rng(0).normal(size=(9, 4))
+    statistics = {name: Statistics.of(values) for name in ("state", "action")}
+    save_statistics(statistics, tmp_path / "stats.json")
+    load = {
+        "tokenizer": str(words),
+        "statistics": str(tmp_path / "stats.json"),
+        "overrides": {"horizon": 4, "vision.num_heads": 4},
+        "changes": {"cameras": ["corner", "wrist"]},
+    }
+    evaluation(tmp_path / "eval", tmp_path, load=load).run()
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert results["checkpoint"] == {"folder": str(tmp_path), "weights": "published"}
+    assert results["protocol"]["load"] == load
+    assert results["timing"]["episodes"] == 8
+    told = results["protocol"]["checkpoint"]
+    save_statistics(statistics, tmp_path / "other.json")
+    assert digest_of_weights(tmp_path) != told
+    assert digest_of_weights(weights) == digest_of_weights(tmp_path / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere"):
+        evaluation(tmp_path / "eval", tmp_path / "nowhere").run()
