@@ -30,6 +30,7 @@ Encoded = dict[str, np.ndarray]
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 State = np.ndarray | Mapping[str, np.ndarray]  # of a robot with several parts: by name
+IN_FLOATS = ("pad_antialiased", "pad_bilinear")  # the originals' models resize so, in floats
 
 
 class PolicyPipeline:
@@ -177,7 +178,11 @@ class PolicyPipeline:
     def encode(self, sample: Mapping[str, Any]) -> Encoded:
         """A dataset's sample as arrays of the model's shapes, for `collate`."""
         encoded = self.observation(
-            images=sample["images"], text=sample["text"], state=sample.get("state"), live=False
+            images=sample["images"],
+            text=sample["text"],
+            state=sample.get("state"),
+            live=False,
+            as_bytes=True,
         )
         normalized = self.encode_actions(sample)
         counts = np.ones((self.horizon, self.action_dim), bool)
@@ -236,19 +241,21 @@ class PolicyPipeline:
         text: str | None,
         state: State | None = None,
         live: bool = True,
+        as_bytes: bool = False,
     ) -> Encoded:
         """What a robot sees as arrays of the model's shapes, for `collate_observations`.
 
         Images are uint8 [h w 3], or what else images.parse_image takes, with history
         [frames ...]; the state is [S] or [frames S], or its parts by name. `live` False: they come
-        from a data set of the robot, which may not speak as the robot does.
+        from a data set of the robot, which may not speak as the robot does. Pictures resized
+        IN_FLOATS stay floats in [-1, 1] unless they are asked for `as_bytes`, as training has them.
         """
         if text is None:
             text = None if self.robot is None else self.robot.default_text
             if text is None:
                 raise ValueError("expected an instruction, got None")
         encoded: Encoded = {}
-        encoded["images"], encoded["image_mask"] = self._images(images, live)
+        encoded["images"], encoded["image_mask"] = self._images(images, live, as_bytes)
         normalized = None
         if self._needs_state:
             if state is None:
@@ -360,9 +367,9 @@ class PolicyPipeline:
         return names
 
     def _images(
-        self, images: Mapping[str, np.ndarray], live: bool
+        self, images: Mapping[str, np.ndarray], live: bool, as_bytes: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [cameras * frames, h, w, 3] and which of them the model looks at."""
+        """[cameras * frames, h, w, 3] and which of them the model looks at."""
         views = {name: _parsed(name, image) for name, image in images.items()}
         if self.robot is not None:
             views = self.robot.rename_images(views, live=live)
@@ -373,7 +380,9 @@ class PolicyPipeline:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"expected images of {', '.join(self.cameras)}, got {got}{hint}")
         # In memory channels first, as they go to the model: collating them is a plain copy.
+        exact = self.resize in IN_FLOATS and not as_bytes
         planes = np.zeros((len(self.cameras), self.frames, 3, *self.image_size), np.uint8)
+        planes = np.full(planes.shape, -1, np.float32) if exact else planes
         stacked = np.moveaxis(planes, 2, -1)
         for i, name in enumerate(self.cameras):
             if name not in views:
@@ -383,6 +392,7 @@ class PolicyPipeline:
                     f"camera {name!r}: expected {self.frames} frames, got {len(views[name])}"
                 )
             for j, view in enumerate(views[name]):
+                view = view.astype(np.float32) / np.float32(127.5) - 1 if exact else view
                 stacked[i, j] = resize_image(view, self.image_size, kind=self.resize)
         seen = {*views, *self.black_cameras}
         mask = np.repeat([name in seen for name in self.cameras], self.frames)

@@ -298,3 +298,24 @@ def test_giga_resizes_and_counts_bins_in_its_own_way(tmp_path, kind):
             )
         )
         assert text == "Task: x, State: -1 127 140;\nAction: "
+
+
+def test_pictures_are_resized_in_floats_as_lerobot_has_it(made):
+    """Its torch code: [0, 1], bilinear without antialiasing, padded, then [-1, 1]. Not rounded."""
+    pipeline = load(made["pi0"]).pipeline
+    picture = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
+    seen = pipeline.observation(
+        images=dict.fromkeys(pipeline.cameras[:2], picture), text="x", state=np.zeros(5)
+    )
+    images = torch.from_numpy(picture).float().permute(2, 0, 1)[None] / 255
+    small = torch.nn.functional.interpolate(images, (32, 56), mode="bilinear", align_corners=False)
+    expected = torch.nn.functional.pad(small, (0, 0, 12, 12)) * 2 - 1
+    for got in seen["images"][:2]:
+        np.testing.assert_allclose(got.transpose(2, 0, 1), expected[0], atol=1e-5)
+    assert (seen["images"][2] == -1).all()
+    assert seen["image_mask"].tolist() == [True, True, False]
+    given = {"images": {pipeline.cameras[0]: picture}, "text": "x", "state": np.zeros(5)}
+    rounded = pipeline.observation(**given, as_bytes=True)["images"]
+    assert rounded.dtype == np.uint8
+    exact = pipeline.observation(**given)["images"]
+    assert abs((exact[0] + 1) * 127.5 - rounded[0]).max() < 0.51
