@@ -10,6 +10,7 @@ import sys
 from rich.console import Console
 
 from pizero.agent.parity import check_case, show
+from pizero.agent.parity.report import words
 
 
 def main() -> None:
@@ -22,8 +23,8 @@ def main() -> None:
     for folder in arguments.cases:
         try:
             report = check_case(folder)
-        except ValueError as error:
-            console.print(f"FAILS: {error}", style="bold red", markup=False, soft_wrap=True)
+        except Exception as error:  # of this case; the others have their turn
+            console.print(f"FAILS: {folder}: {words(error)}", style="bold red", markup=False, soft_wrap=True)
             passed.append(False)
             continue
         show(report, console, failing_only=arguments.failing)
