@@ -24,7 +24,8 @@ def main() -> None:
         try:
             report = check_case(folder)
         except Exception as error:  # of this case; the others have their turn
-            console.print(f"FAILS: {folder}: {words(error)}", style="bold red", markup=False, soft_wrap=True)
+            failure = f"FAILS: {folder}: {words(error)}"
+            console.print(failure, style="bold red", markup=False, soft_wrap=True)
             passed.append(False)
             continue
         show(report, console, failing_only=arguments.failing)

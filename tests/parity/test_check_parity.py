@@ -94,6 +94,18 @@ def test_the_script_exits_1_for_what_is_no_case(tmp_path, monkeypatch, capsys):
     assert "is no parity case" in out.replace("\n", "")
 
 
+def test_whatever_goes_wrong_with_one_case_the_others_have_their_turn(
+    tmp_path, monkeypatch, capsys
+):
+    wrong = shutil.copytree(FIXTURES / "openpi_pi05", tmp_path / "wrong")
+    facts = json.loads((wrong / "case.json").read_text())
+    (wrong / "case.json").write_text(json.dumps(facts | {"tolerance_rows": [5]}))
+    code, out = run(wrong, FIXTURES / "openpi_pi05", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1
+    assert re.search(r"FAILS: .*wrong: TypeError", out.replace("\n", ""))
+    assert "1 of 2 cases pass" in out
+
+
 # What its copy here leaves out: the largest arrays.
 LEFT_OUT = ("resize.180x320.", "resize.480x640.", "resize.200x120.jax", "resize.200x120.torch",
             "time_embedding.jax_1024", "time_embedding.torch_1024")  # fmt: skip
