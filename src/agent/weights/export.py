@@ -69,6 +69,7 @@ def export(
             squares = _write_openpi(temporary, found, report, dtype)
             if to == "openpi":
                 _openpi_files(temporary, found, statistics, asset)
+                report.notes = [*report.notes, *_openpi_otherwise(found.kind, pipeline or {})]
             else:
                 write_processors(
                     temporary,
@@ -131,6 +132,24 @@ def _write_openpi(
         f"({source.filled[-1]}, ...)",
     ]
     return source.ours.squares
+
+
+def _openpi_otherwise(kind: str, pipeline: Mapping[str, Any]) -> list[str]:
+    """What openpi's programs would do otherwise than the policy's pipeline: its folder says nothing
+    of these."""
+    usual, notes = {"pi0": "z_score", "pi05": "quantile"}[kind], []
+    robot: Mapping[str, Any] = pipeline.get("robot") or {}
+    rules = pipeline.get("normalization") or robot.get("normalization") or {}
+    for name, rule in rules.items():
+        trained = rule if isinstance(rule, str) else rule["kind"]
+        if trained != usual:
+            notes.append(
+                f"openpi normalises the {name} of {kind} by {usual}, this does by {trained}"
+            )
+    mask = pipeline.get("delta_mask")
+    if any((robot.get("delta_mask") if mask is None else mask) or ()):
+        notes.append("actions are relative here: openpi's configuration has to say so too")
+    return notes
 
 
 def _openpi_files(

@@ -209,6 +209,18 @@ def test_what_was_read_is_written_again(made, tmp_path, kind):
     np.testing.assert_array_equal(act(load(tmp_path / "third")), expected)
 
 
+def test_what_openpis_folder_cannot_say_is_noted(folder, tmp_path, capsys):
+    relative(folder, enabled=True, exclude_joints=[], action_names=None)
+    modes = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "QUANTILES"}
+    change(folder / BEFORE, {"norm_map": modes}, step="normalizer_processor")
+    heads = ["--set", "vision.num_heads=4"]
+    convert([str(folder), str(tmp_path / "out"), "--to", "openpi", *heads])
+    out = capsys.readouterr().out
+    assert "note: openpi normalises the action of pi0 by z_score, this does by quantile" in out
+    assert "the state of pi0" not in out
+    assert "actions are relative here" in out
+
+
 @pytest.mark.parametrize(
     ("pipeline", "words"),
     [
