@@ -90,6 +90,29 @@ def test_round_trips_are_exact(folders):
     assert all(torch.equal(written[n], t) for n, t in original.items() if n != head)
 
 
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_every_way_between_layouts_gives_the_same_files(tmp_path, kind):
+    """From the original to each layout, and from each to each."""
+    sizes = ["--set", "vision.num_heads=4"]
+    origin = FIXTURES / f"openpi_{kind}" / "weights.safetensors"
+    layouts = ("pizero", "openpi", "lerobot")
+    for to in layouts:
+        convert([str(origin), str(tmp_path / to), "--to", to, *sizes, "horizon=6"])
+    for one in layouts:
+        for to in layouts:
+            again = tmp_path / f"{one} {to}"
+            given = [] if one == "pizero" else sizes
+            convert([str(tmp_path / one), str(again), "--to", to, *given])
+            for name in ("model.safetensors", "unread.safetensors"):
+                path = tmp_path / to / name
+                if path.exists():
+                    assert (again / name).read_bytes() == path.read_bytes(), (one, to)
+    written, original = load_file(tmp_path / "openpi" / "model.safetensors"), load_file(origin)
+    assert written.keys() == original.keys()
+    head = "paligemma_with_expert.gemma_expert.lm_head.weight"  # read by nothing: zeros
+    assert all(torch.equal(written[n], t) for n, t in original.items() if n != head)
+
+
 def test_every_layout_is_the_same_policy(folders, tokenizer):
     own = pizero.load_policy(folders["own"], device="cpu")
     expected = own.act(**observation(), noise=NOISE)
