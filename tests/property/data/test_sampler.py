@@ -59,7 +59,7 @@ def test_a_windowed_order_uses_each_source_up_block_by_block(lengths, seed, wind
         return
     sizes = [int(own.sum()) for own in arrays]
     order = Order(sizes, seed=seed, lengths=arrays, window=window, weights=[1.0] * len(sizes))
-    numbers = np.arange(4 * max(sizes) * len(sizes))
+    numbers = np.arange(8 + 4 * max(sizes) * len(sizes))
     source, frame = order(numbers)
     for s, size in enumerate(sizes):
         own = frame[source == s]
