@@ -76,6 +76,8 @@ def inspect(
         return _own(folder, overrides)
     source = open_source(path) if isinstance(path, str | Path) else path
     scales = {x: overrides.pop(key) for x, key in SCALES.items() if key in overrides}
+    if isinstance(source, MergedLora):
+        source, scales = source.base, {**source.scales, **scales}
     merged, notes = MergedLora(source, scales), []
     if merged.adapted and not scales and any("/attn/" in name for name in merged.adapted):
         keys = ", ".join(map(repr, SCALES.values()))
