@@ -48,6 +48,7 @@ def test_a_small_run(tmp_path, capsys, in_process):
     assert result["memory"]["most_mb"] > 50
     assert [g["name"] for g in result["goals"]] == [
         "no resize: CPU-ms per picture",
+        "no resize, without pipeline: CPU-ms per picture",
         "resident MB in global order",
         "growth, MB in 10,000 frames",
     ]
