@@ -189,9 +189,10 @@ def _without_frame(path: Path, number: int, folder: Path) -> Path:
     """A copy in which the bytes of one frame are zero."""
     with av.open(str(path)) as container:
         entry = list(container.streams.video[0].index_entries)[number]
+        start, size = entry.pos, entry.size  # the entry goes with the container
     data = path.read_bytes()
     hurt = folder / "hurt.mp4"
-    hurt.write_bytes(data[: entry.pos] + bytes(entry.size) + data[entry.pos + entry.size :])
+    hurt.write_bytes(data[:start] + bytes(size) + data[start + size :])
     return hurt
 
 
